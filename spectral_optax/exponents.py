@@ -1,0 +1,179 @@
+"""Where α and d come from, layer by layer.
+
+A user may say α as a number, a traced value, a schedule, a tree of those, a rule on
+the parameters or the name of a table; `resolve` turns all of them into one value
+for each matrix.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectral_optax import layout
+
+ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
+
+# Mean curvature exponents by layer type as published: A. Calvo, "Spectral
+# Asymptotics of Neural Network Loss Landscapes", arXiv:2606.02596. Measured by the
+# author on trained networks, with the gradient's leading (as a rule 20) directions.
+PUBLISHED_ALPHA: Mapping[str, float] = {
+    # ResNet-18 and VGG-11 on CIFAR-10 1.97 to 2.17, ResNet-50 on Tiny-ImageNet 1.94
+    # and on ImageNet-1K 2.10: the middle.
+    'conv': 2.05,
+    # Dense layers of an MLP.
+    'dense': 2.18,
+    # GPT-2, six layers: query, key and value 1.43, projection 1.17; by parameters,
+    # 3 : 1.
+    'attention': 1.37,
+    'mlp_up': 0.84,  # GPT-2
+    'mlp_down': 1.15,  # GPT-2
+    # Classifiers with 10 classes 1.23 to 1.65: the middle. It moves with the number
+    # of classes: 0.90 with 200, 2.83 with 1000, and 4.53 for GPT-2's vocabulary.
+    'head': 1.44,
+}
+PUBLISHED_DAMPING = 0.1
+
+# Ours, until the comparison of benchmarks/ settles them: (α, d) of convolutions, and
+# of every other matrix. They put the turn of T, σ* = d^(1/α), at 0.32 and 0.06 of the
+# root mean square singular value.
+DEFAULT_CONV = (2.0, 0.1)
+DEFAULT_OTHER = (1.5, 0.015)
+
+
+def default_exponents(layer_type: str | None) -> tuple[float, float]:
+  """The (α, d) a matrix of this layer type gets when the user says nothing."""
+  return DEFAULT_CONV if layer_type == 'conv' else DEFAULT_OTHER
+
+
+def _published_alpha(layer_type: str | None) -> float:
+  # An embedding that a user has declared a matrix was not published: a dense layer
+  # is what it is.
+  return PUBLISHED_ALPHA.get(layer_type or 'dense', PUBLISHED_ALPHA['dense'])
+
+
+def _call_on_parameters(rule: Callable[[Any], Any], params: Any, name: str) -> Any:
+  """A rule's tree for these parameters; a schedule comes back as it went in.
+
+  Both are functions of one argument. A schedule computes with its count and fails
+  on a tree of shapes, or does not look at it and is a constant.
+  """
+  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+  try:
+    return rule(shapes)
+  except Exception as not_a_rule:  # noqa: BLE001  Anything may go wrong in there.
+    try:
+      value = jax.eval_shape(rule, jax.ShapeDtypeStruct((), jnp.int32))
+      if jax.tree.structure(value) != jax.tree.structure(0) or value.shape != ():
+        raise TypeError(f'it returned {value}, not a scalar')
+    except Exception as not_a_schedule:
+      raise ValueError(
+          f'{name} is a function, but neither a rule that takes the parameters'
+          f' (that failed with {not_a_rule!r}) nor a schedule that takes a step count'
+          f' (that failed with {not_a_schedule!r}).'
+      ) from not_a_schedule
+    return rule
+
+
+def _entries(value: Any, params: Any, name: str) -> dict[str, Any]:
+  """The user's value by parameter path: one number is a prefix of everything."""
+  if isinstance(value, str):
+    raise ValueError(f'{name} must be a number, a schedule, a tree or a callable, got {value!r}.')
+  if callable(value):
+    value = _call_on_parameters(value, params, name)
+  entries = layout.leaves_by_path(value, is_leaf=lambda x: x is None)
+  entries = {path: v for path, v in entries.items() if v is not None}
+  return layout.match_prefix(entries, params, name)
+
+
+def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
+  where = f'{name} of {view.path!r} with shape {view.shape}'
+  if callable(value):
+    return value
+  if isinstance(value, str | bytes) or not isinstance(
+      value, int | float | np.ndarray | np.generic | jax.Array
+  ):
+    raise ValueError(f'{where} must be a number or a schedule, got {value!r}.')
+  shape = np.shape(value)
+  try:
+    fits = np.broadcast_shapes(shape, view.batch_shape) == view.batch_shape
+  except ValueError:
+    fits = False
+  if not fits:
+    raise ValueError(
+        f'{where} has shape {shape}; it must be a scalar'
+        + (f' or one number for each of its {view.batch_shape} matrices.' if view.batch_shape else '.')
+    )
+  return value
+
+
+def resolve(
+    alpha: Any,
+    damping: Any,
+    params: Any,
+    views: Mapping[str, layout.MatrixView],
+) -> dict[str, tuple[Any, Any]]:
+  """(α, d) of each matrix: plain numbers, arrays or schedules.
+
+  Args:
+    alpha: See `spectral_optax.spectral_newton`. A string other than "default" and
+      "layer_type" is an error.
+    damping: None for the one that goes with α, or as `alpha`.
+    params: The parameter tree, as it was when `views` were made.
+    views: The matrices, by path.
+
+  Raises:
+    ValueError: an unknown string, a tree that does not match, a matrix without a
+      value, a value that is no scalar. Names the parameter.
+  """
+  named = alpha if isinstance(alpha, str) else None
+  # Only these look at layer types, which takes a walk over all names.
+  needs_types = named is not None or damping is None
+  types = layout.layer_types_by_path(params) if needs_types else {}
+
+  if named == 'default':
+    alphas = {p: default_exponents(types[p])[0] for p in views}
+  elif named == 'layer_type':
+    alphas = {p: _published_alpha(types[p]) for p in views}
+  elif named is not None:
+    raise ValueError(
+        'alpha must be "default", "layer_type", a number, a schedule, a tree or a'
+        f' callable, got {alpha!r}.'
+    )
+  else:
+    alphas = _entries(alpha, params, 'alpha')
+
+  if damping is not None:
+    dampings = _entries(damping, params, 'damping')
+  elif named == 'layer_type':
+    dampings = dict.fromkeys(views, PUBLISHED_DAMPING)
+  elif named == 'default':
+    dampings = {p: default_exponents(types[p])[1] for p in views}
+  else:
+    dampings = {p: _same_turn(alphas[p], types[p]) for p in views if p in alphas}
+
+  resolved = {}
+  for path, view in views.items():
+    for name, values in (('alpha', alphas), ('damping', dampings)):
+      if path not in values:
+        raise ValueError(
+            f'{name} has no value for the matrix {path!r} with shape {view.shape}. Give'
+            ' one, or set its weight_dimension_numbers to None to leave it to AdamW.'
+        )
+    resolved[path] = (
+        _check(alphas[path], view, 'alpha'), _check(dampings[path], view, 'damping'))
+  return resolved
+
+
+def _same_turn(alpha: Any, layer_type: str | None) -> Any:
+  """The damping that leaves the turn of T, σ* = d^(1/α), where the default has it."""
+  default_alpha, default_damping = default_exponents(layer_type)
+  log_turn = math.log(default_damping) / default_alpha
+  if callable(alpha):
+    return lambda count: jnp.exp(log_turn * alpha(count))
+  if isinstance(alpha, jax.Array):
+    return jnp.exp(log_turn * alpha)
+  return np.exp(log_turn * np.asarray(alpha, dtype=float))

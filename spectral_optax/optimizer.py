@@ -1,0 +1,164 @@
+"""`spectral_newton`: the drop-in optimizer. Composition only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from spectral_optax import exponents, layout, transform
+
+
+def spectral_newton(
+    learning_rate: optax.ScalarOrSchedule,
+    alpha: Any = 'default',
+    damping: Any = None,
+    *,
+    momentum: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    mu_dtype: Any | None = None,
+    normalize: str | None = 'rms',
+    solver: str = 'auto',
+    update_rms: jax.typing.ArrayLike | None = 0.2,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+  """Spectral Newton: each layer's momentum through the map that its curvature wants.
+
+  For every weight matrix the momentum U Σ Vᵀ becomes ``U diag(T(σ)) Vᵀ`` with
+  ``T(σ) = σ / (σ^α + d)``, scaled to the size of an AdamW update; everything else
+  (biases, norms, embeddings) goes to AdamW. What is a matrix, and of which axes, is
+  inferred from names and shapes.
+
+  Example:
+
+    >>> import jax, jax.numpy as jnp, optax, spectral_optax
+    >>> params = {'kernel': jnp.ones((4, 3)), 'bias': jnp.zeros(3)}
+    >>> optimizer = spectral_optax.spectral_newton(1e-2)
+    >>> state = optimizer.init(params)
+    >>> grads = jax.grad(lambda p: jnp.sum(p['kernel'] ** 2) + jnp.sum(p['bias']))(params)
+    >>> updates, state = optimizer.update(grads, state, params)
+    >>> params = optax.apply_updates(params, updates)
+
+  Args:
+    learning_rate: A number, traced or not, or a schedule. AdamW's carry over.
+    alpha: The curvature exponent α ≥ 0 (not a learning rate). One of
+
+      - ``"default"``: 2 for convolutions, 1.5 for every other matrix;
+      - ``"layer_type"``: the published means, `spectral_optax.PUBLISHED_ALPHA`;
+      - a number, traced or not, or an optax schedule;
+      - a tree of those, or a prefix of one, or a flat dict by parameter path; a leaf
+        may be an array with one number for each matrix of a stacked parameter;
+      - a callable that takes the parameters (their shapes) and gives such a tree.
+    damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or None for the one that
+      goes with α: 0.1 for ``"layer_type"``, as published; else 0.1 at α = 2 for
+      convolutions and 0.015 at α = 1.5 for other matrices, and at any other α the d
+      with the same turning point d^(1/α).
+    momentum: Decay of the running average of the gradients.
+    nesterov: Whether the average looks one step ahead.
+    mu_dtype: Data type of the averages (also AdamW's first moment); None for the
+      parameter's.
+    normalize: What σ is divided by before T: ``"rms"``, ``"spectral"``,
+      ``"frobenius"`` or None; see `apply_transfer`.
+    solver: ``"auto"``, ``"svd"``, ``"gram"`` or ``"cholesky"``; see `apply_transfer`.
+    update_rms: Root mean square of each matrix's update in units of the learning
+      rate; see `scale_to_rms`. None to leave the size that T gives.
+    weight_decay: Decoupled weight decay of the matrices, times the learning rate.
+    weight_decay_mask: A tree of booleans (or a prefix, or a callable giving one) over
+      the parameters: which matrices decay. None for all.
+    weight_dimension_numbers: None to infer (`weight_dimension_numbers`), or a tree
+      (or a prefix, a flat dict by path, or a callable giving one) of
+      `optax.contrib.MuonDimensionNumbers` and None; None goes to AdamW.
+    adam_learning_rate: For AdamW's share; None for `learning_rate`.
+    adam_b1: AdamW's.
+    adam_b2: AdamW's.
+    adam_eps: AdamW's.
+    adam_weight_decay: AdamW's.
+
+  Returns:
+    A `GradientTransformationExtraArgs`. In its state,
+    ``optax.tree.get(state, 'sigma_max')`` and the like give what is known of each
+    matrix's spectrum (`SpectralTransferState`).
+
+  Raises:
+    ValueError: At construction or at `init`, for arguments that make no sense or do
+      not fit the parameters; names the parameter's path and shape.
+    TypeError: At `init`, for complex matrices.
+
+  Under `optax.inject_hyperparams`, numbers (also `alpha` and `damping`) are injected;
+  name a callable that takes the parameters in its `static_args`.
+
+  Source: A. Calvo, arXiv:2606.02596, "Spectral Newton"; normalisation, update size
+  and the default (α, d) are ours.
+  """
+  if adam_learning_rate is None:
+    adam_learning_rate = learning_rate
+
+  def parts(dimension_numbers, alphas, dampings, labels):
+    matrix = optax.chain(
+        transform.scale_by_spectral_newton(
+            alphas,
+            dampings,
+            momentum=momentum,
+            nesterov=nesterov,
+            mu_dtype=mu_dtype,
+            normalize=normalize,
+            solver=solver,
+            update_rms=update_rms,
+            weight_dimension_numbers=dimension_numbers,
+        ),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    other = optax.adamw(
+        adam_learning_rate,
+        b1=adam_b1,
+        b2=adam_b2,
+        eps=adam_eps,
+        weight_decay=adam_weight_decay,
+        mu_dtype=mu_dtype,
+    )
+    return optax.partition({'matrix': matrix, 'adam': other}, labels)
+
+  def for_params(params):
+    """The optimizer for a tree of these names and shapes.
+
+    What is a matrix, and which layer it is in, shows only in the whole tree, before
+    `partition` hides one half of it from the other.
+    """
+    views = layout.matrix_views(params, weight_dimension_numbers)
+    values = exponents.resolve(alpha, damping, params, views)
+    paths = layout.leaves_by_path(params)
+    labels = jax.tree.unflatten(
+        jax.tree.structure(params), ['matrix' if p in views else 'adam' for p in paths]
+    )
+    numbers = {
+        path: MuonDimensionNumbers(views[path].reduction_axes, views[path].output_axes)
+        if path in views
+        else None
+        for path in paths
+    }
+    return parts(
+        numbers,
+        {path: a for path, (a, _) in values.items()},
+        {path: d for path, (_, d) in values.items()},
+        labels,
+    )
+
+  # What can be checked without parameters is, here and now.
+  parts(None, alpha, damping, 'adam')
+
+  def init_fn(params):
+    return for_params(params).init(params)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    return for_params(updates).update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
