@@ -6,30 +6,30 @@ from spectral_optax.optimizer import spectral_newton
 from spectral_optax.solvers import apply_transfer
 from spectral_optax.transfer import transfer
 from spectral_optax.transform import (
-    MomentumState,
-    SpectralTransferState,
-    scale_by_momentum,
-    scale_by_spectral_newton,
-    scale_by_spectral_transfer,
-    scale_to_rms,
+  MomentumState,
+  SpectralTransferState,
+  scale_by_momentum,
+  scale_by_spectral_newton,
+  scale_by_spectral_transfer,
+  scale_to_rms,
 )
 
 __version__ = '0.1.0'
 
 __all__ = [
-    # The optimizer and its parts.
-    'spectral_newton',
-    'scale_by_spectral_newton',
-    'scale_by_momentum',
-    'scale_by_spectral_transfer',
-    'scale_to_rms',
-    'MomentumState',
-    'SpectralTransferState',
-    # The map.
-    'transfer',
-    'apply_transfer',
-    # Which parameter is which.
-    'weight_dimension_numbers',
-    'layer_types',
-    'PUBLISHED_ALPHA',
+  # The optimizer and its parts.
+  'spectral_newton',
+  'scale_by_spectral_newton',
+  'scale_by_momentum',
+  'scale_by_spectral_transfer',
+  'scale_to_rms',
+  'MomentumState',
+  'SpectralTransferState',
+  # The map.
+  'transfer',
+  'apply_transfer',
+  # Which parameter is which.
+  'weight_dimension_numbers',
+  'layer_types',
+  'PUBLISHED_ALPHA',
 ]

@@ -21,19 +21,19 @@ ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 # Asymptotics of Neural Network Loss Landscapes", arXiv:2606.02596. Measured by the
 # author on trained networks, with the gradient's leading (as a rule 20) directions.
 PUBLISHED_ALPHA: Mapping[str, float] = {
-    # ResNet-18 and VGG-11 on CIFAR-10 1.97 to 2.17, ResNet-50 on Tiny-ImageNet 1.94
-    # and on ImageNet-1K 2.10: the middle.
-    'conv': 2.05,
-    # Dense layers of an MLP.
-    'dense': 2.18,
-    # GPT-2, six layers: query, key and value 1.43, projection 1.17; by parameters,
-    # 3 : 1.
-    'attention': 1.37,
-    'mlp_up': 0.84,  # GPT-2
-    'mlp_down': 1.15,  # GPT-2
-    # Classifiers with 10 classes 1.23 to 1.65: the middle. It moves with the number
-    # of classes: 0.90 with 200, 2.83 with 1000, and 4.53 for GPT-2's vocabulary.
-    'head': 1.44,
+  # ResNet-18 and VGG-11 on CIFAR-10 1.97 to 2.17, ResNet-50 on Tiny-ImageNet 1.94
+  # and on ImageNet-1K 2.10: the middle.
+  'conv': 2.05,
+  # Dense layers of an MLP.
+  'dense': 2.18,
+  # GPT-2, six layers: query, key and value 1.43, projection 1.17; by parameters,
+  # 3 : 1.
+  'attention': 1.37,
+  'mlp_up': 0.84,  # GPT-2
+  'mlp_down': 1.15,  # GPT-2
+  # Classifiers with 10 classes 1.23 to 1.65: the middle. It moves with the number
+  # of classes: 0.90 with 200, 2.83 with 1000, and 4.53 for GPT-2's vocabulary.
+  'head': 1.44,
 }
 PUBLISHED_DAMPING = 0.1
 
@@ -71,9 +71,9 @@ def _call_on_parameters(rule: Callable[[Any], Any], params: Any, name: str) -> A
         raise TypeError(f'it returned {value}, not a scalar')
     except Exception as not_a_schedule:
       raise ValueError(
-          f'{name} is a function, but neither a rule that takes the parameters'
-          f' (that failed with {not_a_rule!r}) nor a schedule that takes a step count'
-          f' (that failed with {not_a_schedule!r}).'
+        f'{name} is a function, but neither a rule that takes the parameters'
+        f' (that failed with {not_a_rule!r}) nor a schedule that takes a step count'
+        f' (that failed with {not_a_schedule!r}).'
       ) from not_a_schedule
     return rule
 
@@ -94,7 +94,7 @@ def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
   if callable(value):
     return value
   if isinstance(value, str | bytes) or not isinstance(
-      value, int | float | np.ndarray | np.generic | jax.Array
+    value, int | float | np.ndarray | np.generic | jax.Array
   ):
     raise ValueError(f'{where} must be a number or a schedule, got {value!r}.')
   shape = np.shape(value)
@@ -104,17 +104,19 @@ def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
     fits = False
   if not fits:
     raise ValueError(
-        f'{where} has shape {shape}; it must be a scalar'
-        + (f' or one number for each of its {view.batch_shape} matrices.' if view.batch_shape else '.')
+      f'{where} has shape {shape}; it must be a scalar'
+      + (
+        f' or one number for each of its {view.batch_shape} matrices.' if view.batch_shape else '.'
+      )
     )
   return value
 
 
 def resolve(
-    alpha: Any,
-    damping: Any,
-    params: Any,
-    views: Mapping[str, layout.MatrixView],
+  alpha: Any,
+  damping: Any,
+  params: Any,
+  views: Mapping[str, layout.MatrixView],
 ) -> dict[str, tuple[Any, Any]]:
   """(α, d) of each matrix: plain numbers, arrays or schedules.
 
@@ -140,8 +142,8 @@ def resolve(
     alphas = {p: _published_alpha(types[p]) for p in views}
   elif named is not None:
     raise ValueError(
-        'alpha must be "default", "layer_type", a number, a schedule, a tree or a'
-        f' callable, got {alpha!r}.'
+      'alpha must be "default", "layer_type", a number, a schedule, a tree or a'
+      f' callable, got {alpha!r}.'
     )
   else:
     alphas = _entries(alpha, params, 'alpha')
@@ -153,18 +155,21 @@ def resolve(
   elif named == 'default':
     dampings = {p: default_exponents(types[p])[1] for p in views}
   else:
-    dampings = {p: _same_turn(alphas[p], types[p]) for p in views if p in alphas}
+    dampings = {
+      p: _same_turn(_check(alphas[p], view, 'alpha'), types[p])
+      for p, view in views.items()
+      if p in alphas
+    }
 
   resolved = {}
   for path, view in views.items():
     for name, values in (('alpha', alphas), ('damping', dampings)):
       if path not in values:
         raise ValueError(
-            f'{name} has no value for the matrix {path!r} with shape {view.shape}. Give'
-            ' one, or set its weight_dimension_numbers to None to leave it to AdamW.'
+          f'{name} has no value for the matrix {path!r} with shape {view.shape}. Give'
+          ' one, or set its weight_dimension_numbers to None to leave it to AdamW.'
         )
-    resolved[path] = (
-        _check(alphas[path], view, 'alpha'), _check(dampings[path], view, 'damping'))
+    resolved[path] = (_check(alphas[path], view, 'alpha'), _check(dampings[path], view, 'damping'))
   return resolved
 
 

@@ -10,19 +10,22 @@ How a shape is read, strongest evidence first:
      anything in a normalisation layer are not, `embedding` is a table;
   2. the bias beside it: a kernel has as many axes more than its bias as it has
      reduction axes, and both share the axes in front (layers stacked for `scan`);
-  3. for kernels without a bias, the nearest other bias or scale: one with more
-     axes than one layer's says that the layers are stacked;
-  4. the names around it (`query`, `out`, `Conv_0`, ...).
+  3. the other biases and scales around it: when the nearest have more axes than one
+     layer's, the layers are stacked; and the names of stacks (`ScanBlock_0`, `layers`);
+  4. the name of the layer: attention's `query` and `out` split their axes differently.
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -36,26 +39,47 @@ WeightDimNumOrFn = MuonDimensionNumbers | Any | Callable[[Any], Any]
 
 def path_string(path: tuple[Any, ...]) -> str:
   """``'layers/0/kernel'``, the same for a dict, a dataclass and an `nnx.State`."""
-  # Flax wraps a parameter in a Variable, before an update but not during one.
-  if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == 'value':
-    path = path[:-1]
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def _is_masked(x: Any) -> bool:
-  return isinstance(x, optax.MaskedNode)
+def is_function(x: Any) -> bool:
+  """Whether this is a callable to be called: an Equinox module is one, and a tree."""
+  return callable(x) and jax.tree_util.all_leaves([x])
+
+
+def _is_absent(x: Any) -> bool:
+  return x is None or isinstance(x, optax.MaskedNode)
 
 
 def _is_dimension_numbers(x: Any) -> bool:
   return x is None or isinstance(x, MuonDimensionNumbers)
 
 
-def leaves_by_path(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> dict[str, Any]:
-  """The leaves of a tree, in its order, by `path_string`."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  return {path_string(path): leaf for path, leaf in flat}
+def _is_variable(x: Any) -> bool:
+  flax = sys.modules.get('flax.nnx')  # Whoever has a Variable has imported it.
+  return flax is not None and isinstance(x, flax.Variable)
+
+
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+  """The leaves of a tree, in its order, by `path_string`.
+
+  Raises:
+    ValueError: two leaves have the same path, by a key with a slash in it.
+  """
+
+  # Flax wraps a parameter in a Variable, before an update but not during one: what is
+  # inside has the Variable's path.
+  def stop(x):
+    return _is_variable(x) or (is_leaf is not None and is_leaf(x))
+
+  leaves = {}
+  for key, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
+    path = path_string(key)
+    for leaf in jax.tree.leaves(node, is_leaf=is_leaf):
+      if path in leaves:
+        raise ValueError(f'Two leaves of the tree have the path {path!r}. Rename a key.')
+      leaves[path] = leaf
+  return leaves
 
 
 def _prefixes(path: str) -> Iterator[str]:
@@ -74,7 +98,7 @@ def match_prefix(entries: Mapping[str, Any], params: Any, name: str) -> dict[str
 
   Args:
     entries: Values by path, as `leaves_by_path` gives them.
-    params: The parameter tree; `optax.MaskedNode`s stand for what is not there.
+    params: The parameter tree; `optax.MaskedNode` and None stand for what is not there.
     name: Of the argument, for the error.
 
   Returns:
@@ -83,33 +107,34 @@ def match_prefix(entries: Mapping[str, Any], params: Any, name: str) -> dict[str
   Raises:
     ValueError: an entry leads nowhere, so the trees do not match.
   """
-  known = leaves_by_path(params, is_leaf=_is_masked)
-  masked = {path for path, leaf in known.items() if _is_masked(leaf)}
+  known = leaves_by_path(params, is_leaf=_is_absent)
+  if not known:  # The placeholder of `optax.tree.map_params`: nothing to match with.
+    return {}
+  absent = {path for path, leaf in known.items() if _is_absent(leaf)}
   matched, used = {}, set()
   for path in known:
     for prefix in _prefixes(path):
       if prefix in entries:
         used.add(prefix)
-        if path not in masked:
+        if path not in absent:
           matched[path] = entries[prefix]
         break
+  # A more general entry may be wholly overridden, and a mask may hide a subtree.
+  led_to = {prefix for path in known for prefix in _prefixes(path)} | {''}
   stray = [
-      path
-      for path in entries
-      if path not in used
-      # A more general entry may be wholly overridden, and a mask may hide a subtree.
-      and not any(path in _prefixes(p) for p in known)
-      and masked.isdisjoint(_prefixes(path))
+    path
+    for path in entries
+    if path not in used and path not in led_to and absent.isdisjoint(_prefixes(path))
   ]
   if stray:
     raise ValueError(
-        f'{name} does not match the parameters: it has an entry at {stray[0]!r}, where'
-        f' there is no parameter. The parameters are {_listing(known)}.'
+      f'{name} does not match the parameters: it has an entry at {stray[0]!r}, where'
+      f' there is no parameter. The parameters are {_listing(known)}.'
     )
   return matched
 
 
-def _listing(paths: Any, most: int = 8) -> str:
+def _listing(paths: Iterable[str], most: int = 8) -> str:
   paths = list(paths)
   more = f' and {len(paths) - most} more' if len(paths) > most else ''
   return ', '.join(map(repr, paths[:most])) + more
@@ -143,18 +168,22 @@ class MatrixView:
 
   @property
   def batch_shape(self) -> tuple[int, ...]:
+    """Sizes of the batch axes."""
     return self._sizes(self.batch_axes)
 
   @property
   def rows(self) -> int:
+    """Of each matrix."""
     return math.prod(self._sizes(self.reduction_axes))
 
   @property
   def columns(self) -> int:
+    """Of each matrix."""
     return math.prod(self._sizes(self.output_axes))
 
   @property
   def matrix_axes(self) -> tuple[int, ...]:
+    """Every axis that is not a batch axis: rows, then columns."""
     return self.reduction_axes + self.output_axes
 
   def to_matrices(self, x: jax.Array) -> jax.Array:
@@ -177,30 +206,30 @@ def matrix_view(path: str, shape: tuple[int, ...], numbers: MuonDimensionNumbers
   """
 
   def axes(value: Any, which: str) -> tuple[int, ...]:
-    value = (value,) if isinstance(value, int) else tuple(value)
+    value = tuple(value) if isinstance(value, list | tuple) else (value,)
     for axis in value:
-      if not -len(shape) <= axis < len(shape):
+      if not isinstance(axis, int | np.integer) or not -len(shape) <= axis < len(shape):
         raise ValueError(
-            f'weight_dimension_numbers of {path!r}: {which} {axis} is not an axis of its'
-            f' shape {shape}. Give axes of this parameter, or None to leave it to AdamW.'
+          f'weight_dimension_numbers of {path!r}: {which} {axis!r} is not an axis of its'
+          f' shape {shape}. Give axes of this parameter, or None to leave it to AdamW.'
         )
-    return tuple(axis % len(shape) for axis in value)
+    return tuple(int(axis) % len(shape) for axis in value)
 
   reduction = axes(numbers.reduction_axis, 'reduction_axis')
   output = axes(numbers.output_axis, 'output_axis')
   named = reduction + output
   if len(set(named)) != len(named) or not reduction or not output:
     raise ValueError(
-        f'weight_dimension_numbers of {path!r} with shape {shape}: reduction_axis'
-        f' {reduction} and output_axis {output} must not be empty and must name no axis'
-        ' twice.'
+      f'weight_dimension_numbers of {path!r} with shape {shape}: reduction_axis'
+      f' {reduction} and output_axis {output} must not be empty and must name no axis'
+      ' twice. Give each at least one axis, or None to leave the parameter to AdamW.'
     )
   batch = tuple(a for a in range(len(shape)) if a not in named)
   return MatrixView(path, shape, batch, reduction, output)
 
 
 def matrix_views(
-    params: Any, weight_dimension_numbers: WeightDimNumOrFn | None = None
+  params: Any, weight_dimension_numbers: WeightDimNumOrFn | None = None
 ) -> dict[str, MatrixView]:
   """The matrices among the parameters, by path; the others are left out.
 
@@ -215,33 +244,32 @@ def matrix_views(
     ValueError: entries that do not match the tree or a shape.
     TypeError: a complex matrix.
   """
-  numbers = weight_dimension_numbers
   leaves = leaves_by_path(params)
+  numbers = weight_dimension_numbers
   if numbers is None:
-    entries = _infer(leaves).numbers
+    given = entries = _infer(leaves).numbers
   else:
-    if callable(numbers):
+    if is_function(numbers):
       numbers = numbers(params)
-    entries = match_prefix(
-        leaves_by_path(numbers, is_leaf=_is_dimension_numbers), params,
-        'weight_dimension_numbers')
-  exact = leaves_by_path(numbers, is_leaf=_is_dimension_numbers) if numbers is not None else {}
+    given = leaves_by_path(numbers, is_leaf=_is_dimension_numbers)
+    entries = match_prefix(given, params, 'weight_dimension_numbers')
   views = {}
   for path, entry in entries.items():
     leaf = leaves[path]
-    if entry is None or (path not in exact and len(leaf.shape) < 2) or 0 in leaf.shape:
+    shape = tuple(np.shape(leaf))
+    if entry is None or (path not in given and len(shape) < 2) or 0 in shape:
       continue
     if not isinstance(entry, MuonDimensionNumbers):
       raise ValueError(
-          f'weight_dimension_numbers of {path!r} must be an optax.contrib.MuonDimensionNumbers'
-          f' or None, got {entry!r}.'
+        f'weight_dimension_numbers of {path!r} must be an optax.contrib.MuonDimensionNumbers'
+        f' or None, got {entry!r}.'
       )
+    views[path] = matrix_view(path, shape, entry)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise TypeError(
-          f'{path!r} has dtype {leaf.dtype}, and a spectral transfer needs a real float'
-          ' one. Set its weight_dimension_numbers to None, or mask it.'
+        f'{path!r} with shape {shape} has dtype {leaf.dtype}, and a spectral transfer needs'
+        ' a real float one. Set its weight_dimension_numbers to None, or mask it.'
       )
-    views[path] = matrix_view(path, tuple(leaf.shape), entry)
   return views
 
 
@@ -249,24 +277,41 @@ def matrix_views(
 # Inference from names and shapes
 # ---------------------------------------------------------------------------------
 
-_WEIGHT = re.compile(r'(kernel|weight|w)(_\w+)?$|lora_[ab]$', re.I)
-_BIAS = re.compile(r'(bias|b|offset|beta)(_\w+)?$', re.I)
-_SCALE = re.compile(r'(scale|gamma|mean|var|norm)$', re.I)
+# Leaves. The plain names of a weight leave it to the layer's name to say what it is.
+_PLAIN = re.compile(r'kernel|weights?|w', re.I)
+_WEIGHT = re.compile(r'(kernel|weights?|w)(_\w+)?|lora_[ab]', re.I)
+_VECTOR = re.compile(r'(\w*_)?(bias|scale|gamma|beta|offset|mean|var)(_\w+)?|b\w?(_\w+)?')
+
+# Layers and what holds them.
 _NORM = re.compile(r'norm|^(ln|bn|gn|rms)(_?\d+|_.*)?$', re.I)
-_EMBEDDING = re.compile(r'embed|^(wte|wpe|pos|cls)($|_)', re.I)
-_PATCHES = re.compile(r'patch', re.I)
+_EMBEDDING = re.compile(
+  r'(?<!un)(?<!patch)(?<!patch_)embed|(^|_)(embs?|wte|wpe|cls|pos)($|_)|tokens?$', re.I
+)
 _CONV = re.compile(r'conv', re.I)
 _DENSE = re.compile(r'dense|linear|einsum', re.I)
-_QKV = re.compile(r'^(q|k|v|query|key|value|qkv|kv)(_?proj(ection)?|_kernel|_dense)?$|^(c_attn|in_proj|to_(q|k|v|qkv|kv))$', re.I)
-_ATTENTION_OUT = re.compile(r'^(out|o|output|proj|c_proj|attn_out|to_out)(_?proj(ection)?|_kernel)?$', re.I)
+_QKV = re.compile(r'(to_|w_?)?(q|k|v|query|key|value)(_?proj(ection)?|_kernel|_dense)?', re.I)
+_FUSED_QKV = re.compile(r'(to_|w_?)?(qkv|kv)(_?proj(ection)?)?|c_attn', re.I)
+_ATTENTION_IN = re.compile(rf'{_QKV.pattern}|{_FUSED_QKV.pattern}|in_proj', re.I)
+_ATTENTION_OUT = re.compile(
+  r'(to_|w_?)?(o|out|output)(_?proj(ection)?|_kernel)?|(c_|attn_)?proj|attn_out|linear', re.I
+)
 _ATTENTION = re.compile(r'attn|attention|^(mha|mhsa|msa)', re.I)
-_UP = re.compile(r'^(up|gate|gate_up)(_?proj)?$|^(fc|lin|linear|dense)_?(in|up)$|^(fc1|lin1|wi(_\d)?|c_fc|mlp_up|ff1|w1|w3)$', re.I)
-_DOWN = re.compile(r'^down(_?proj)?$|^(fc|lin|linear|dense)_?(out|down)$|^(fc2|lin2|wo|mlp_down|ff2|w2|c_proj)$', re.I)
-_MLP = re.compile(r'mlp|ffn?$|ffw|feed_?forward', re.I)
-_HEAD = re.compile(r'head$|^(fc|logits?|classifier|lm_head|unembed\w*|output(_layer|_proj)?|readout)$', re.I)
-
-# A small first axis beside a larger second one: a 1-D convolution's window.
-_LARGEST_WINDOW = 15
+_MLP = re.compile(r'mlp|^ffn?$|ffw|feed_?forward|^moe|expert', re.I)
+_UP = re.compile(
+  r'(up|gate|gate_up)(_?proj)?|(fc|lin|linear|dense|w)_?(in|up)|(fc|lin|linear|dense|ff|w)1|w3'
+  r'|wi(_\d)?|c_fc|mlp_up',
+  re.I,
+)
+_DOWN = re.compile(
+  r'down(_?proj)?|(fc|lin|linear|dense|w)_?(out|down)|(fc|lin|linear|dense|ff|w)2|wo|c_proj'
+  r'|mlp_down',
+  re.I,
+)
+_HEAD = re.compile(
+  r'head$|^(fc|logits?|classifier|unembed\w*|output(_layer|_proj)?|readout)$', re.I
+)
+_SCANNED = re.compile(r'(Scan|Vmap)[A-Z]\w*')  # What linen calls them itself.
+_STACKED = re.compile(rf'{_SCANNED.pattern}|layers|blocks|experts')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,183 +320,210 @@ class _Inferred:
   types: dict[str, str | None]
 
 
+def _join(names: Iterable[str]) -> str:
+  return '/'.join(names)
+
+
 def _parent(path: str) -> str:
   return path.rpartition('/')[0]
 
 
-def _names(path: str) -> list[str]:
-  return path.split('/')
+class _Layer:
+  """The names that lead to a parameter: the leaf's, its layer's, and those above."""
+
+  def __init__(self, path: str):
+    *above, self.leaf = path.split('/')
+    self.parent = above[-1] if above else ''
+    plain = _PLAIN.fullmatch(self.leaf)
+    self.name = self.parent if plain else self.leaf
+    self.above = above[:-1] if plain else above
+
+  @property
+  def is_vector(self) -> bool:
+    """A bias, a scale: the same number of axes for every layer, of any kind."""
+    if _VECTOR.fullmatch(self.leaf):
+      return True
+    # A conditional normalisation may have a kernel, a plain one has not.
+    return self.leaf != 'kernel' and any(map(_NORM.search, (self.leaf, self.parent)))
+
+  def is_table(self, axes: int, bias: tuple[int, ...] | None) -> bool:
+    if _EMBEDDING.search(self.leaf):
+      return True
+    # Equinox and Haiku: a `weight` in `embedding`; with a bias, or more axes than a
+    # stack of tables, it is a projection (of patches).
+    named = self.leaf != 'kernel' and _EMBEDDING.search(self.parent)
+    return bool(named) and bias is None and axes <= 3
 
 
-def _is_vector_name(name: str) -> bool:
-  return bool(_BIAS.fullmatch(name) or _SCALE.fullmatch(name))
+class _Tree:
+  """The shapes by path, and what is below each path."""
 
+  def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+    self.shapes = shapes
+    self.layers = {path: _Layer(path) for path in shapes}
+    self._below: dict[str, list[str]] = {}
+    self._stacks: dict[str, tuple[int, int | None]] = {}
+    for path in shapes:
+      for room in _prefixes(_parent(path)):
+        self._below.setdefault(room, []).append(path)
 
-def _own_bias(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-  for name in ('bias', 'b'):
-    shape = shapes.get('/'.join([*_names(path)[:-1], name]))
-    if shape is not None:
-      return shape
-  return None
+  def below(self, room: str) -> list[str]:
+    return self._below.get(room, [])
 
+  def children(self, room: str) -> set[str]:
+    start = len(room) + 1 if room else 0
+    return {path[start:].split('/')[0] for path in self.below(room)}
 
-def _stack_depth_around(path: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-  """Leading axes that the nearest other bias or scale says are stacked layers."""
-  own = _parent(path)
-  for top in list(_prefixes(own)):
-    inside = {
-        p: s for p, s in shapes.items()
-        if top == '' or p == top or p.startswith(top + '/')
-    }
-    vectors = [
-        s for p, s in inside.items()
-        if _is_vector_name(_names(p)[-1]) and _parent(p) != own
-    ]
-    if vectors:
-      depth = min(len(s) for s in vectors) - 1
-      lead = shapes[path][:depth]
-      return depth if all(s[:depth] == lead for s in inside.values()) else 0
-  return None
-
-
-def _is_attention(path: str, paths: set[str]) -> tuple[bool, bool]:
-  """Whether a weight projects into attention (q, k, v), or out of it."""
-  names = _names(path)
-  layer = names[-1] if len(names) == 1 or not _WEIGHT.fullmatch(names[-1]) else names[-2]
-  above = names[: -1 if layer == names[-1] else -2]
-  room = '/'.join(above)
-  siblings = {
-      _names(p)[len(above)] for p in paths
-      if (room == '' or p.startswith(room + '/')) and len(_names(p)) > len(above)
-  }
-  near = any(_ATTENTION.search(n) for n in above[-2:])
-  has_qkv = sum(bool(_QKV.fullmatch(s)) for s in siblings) >= 2
-  into = bool(_QKV.fullmatch(layer)) and (near or has_qkv or layer not in ('q', 'k', 'v', 'key', 'value'))
-  out = bool(_ATTENTION_OUT.fullmatch(layer)) and (near or has_qkv)
-  return into, out
-
-
-def _mlp_side(path: str, rows: int, columns: int, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-  """"mlp_up" or "mlp_down" for the feed-forward part of a transformer block."""
-  names = _names(path)
-  layer = names[-2] if len(names) > 1 and _WEIGHT.fullmatch(names[-1]) else names[-1]
-  above = names[: -2 if layer != names[-1] else -1]
-  in_mlp = any(_MLP.search(n) for n in above)
-  # Up and down lead to and from a wider space, and sit beside an attention layer.
-  block = above[:-1] if above and in_mlp else above
-  room = '/'.join(block)
-  beside_attention = any(
-      any(_ATTENTION.search(n) or _QKV.fullmatch(n) for n in _names(p)[len(block):-1])
-      for p in shapes
-      if room == '' or p.startswith(room + '/')
-  )
-  if _UP.fullmatch(layer) and (in_mlp or beside_attention):
-    return 'mlp_up'
-  if _DOWN.fullmatch(layer) and (in_mlp or beside_attention):
-    return 'mlp_down'
-  if rows == columns or not beside_attention:
+  def bias(self, path: str) -> tuple[int, ...] | None:
+    for name in ('bias', 'b'):
+      if (bias := self.shapes.get(f'{_parent(path)}/{name}'.lstrip('/'))) is not None:
+        return bias
     return None
-  partner = any(
-      p != path and len(s) >= 2 and s[-2:] == (columns, rows)
-      for p, s in shapes.items()
-      if p.startswith('/'.join(above) + '/' if above else '')
-  )
-  if in_mlp or partner:
+
+  def stack_axes(self, room: str) -> tuple[int, int | None]:
+    """How many leading axes all in there share, and the fewest of a vector, if any."""
+    if room not in self._stacks:
+      inside = self.below(room)
+      sizes = zip(*(self.shapes[p] for p in inside), strict=False)
+      shared = sum(1 for _ in itertools.takewhile(lambda s: len(set(s)) == 1, sizes))
+      # A layer's own bias is read with its weight, in `_axes`.
+      own = {f'{room}/bias', f'{room}/b', 'bias', 'b'}
+      vectors = [len(self.shapes[p]) for p in inside if self.layers[p].is_vector and p not in own]
+      self._stacks[room] = shared, min(vectors, default=None)
+    return self._stacks[room]
+
+  def is_table(self, path: str) -> bool:
+    return self.layers[path].is_table(len(self.shapes[path]), self.bias(path))
+
+
+def _stack_depth(path: str, tree: _Tree) -> int | None:
+  """How many leading axes number stacked layers, by what is around; None: unknown."""
+  names = path.split('/')
+  # `layers` may hold convolutions by name, whose windows look like stacks.
+  stack = _SCANNED if _CONV.search(tree.layers[path].name) else _STACKED
+  named = 0
+  for room in _prefixes(_parent(path)):
+    shared, fewest = tree.stack_axes(room)
+    if fewest is not None:
+      return named + max(0, min(shared, fewest - 1))
+    depth = room.count('/') + 1 if room else 0
+    if depth and stack.fullmatch(names[depth - 1]) and shared:
+      named += 1
+  return named or None
+
+
+def _has_qkv(names: Iterable[str]) -> bool:
+  names = list(names)
+  return sum(bool(_QKV.fullmatch(n)) for n in names) >= 2 or any(map(_FUSED_QKV.fullmatch, names))
+
+
+def _attention_side(layer: _Layer, tree: _Tree) -> str | None:
+  """Whether a weight projects "in" to attention (query, key, value) or "out" of it."""
+  near = any(map(_ATTENTION.search, layer.above[-2:]))
+  if not near and not _has_qkv(tree.children(_join(layer.above))):
+    return None
+  if _ATTENTION_IN.fullmatch(layer.name):
+    return 'in'
+  return 'out' if _ATTENTION_OUT.fullmatch(layer.name) else None
+
+
+def _mlp_side(path: str, rows: int, columns: int, tree: _Tree) -> str | None:
+  """The side of the MLP in a transformer's block: there is attention beside it."""
+  layer = tree.layers[path]
+  block = list(layer.above)
+  within = [i for i, name in enumerate(block) if _MLP.search(name)]
+  if within:
+    del block[within[-1] :]
+    while block and _MLP.search(block[-1]):
+      block.pop()
+  beside = tree.children(_join(block))
+  if not (any(map(_ATTENTION.search, beside)) or _has_qkv(beside)):
+    return None
+  if _UP.fullmatch(layer.name):
+    return 'mlp_up'
+  if _DOWN.fullmatch(layer.name):
+    return 'mlp_down'
+  if rows == columns or (not within and _HEAD.search(layer.name)):
+    return None
+  # By its shape, if the way back is beside it.
+  back = tree.shapes[path][:-3:-1]
+  room = tree.below(_join(layer.above))
+  if any(tree.shapes[p][-2:] == back and not tree.is_table(p) for p in room):
     return 'mlp_up' if columns > rows else 'mlp_down'
   return None
 
 
-def _classify(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[MuonDimensionNumbers | None, str | None]:
-  shape, names = shapes[path], _names(path)
-  leaf, around = names[-1], names[:-1]
-  layer = around[-1] if around else ''
-  if _is_vector_name(leaf) or any(_NORM.search(n) for n in around[-1:]):
-    return None, None
-  is_weight = bool(_WEIGHT.fullmatch(leaf))
-  out_first = bool(re.match(r'weight', leaf, re.I))  # Equinox and PyTorch; Flax: kernel.
-  is_table = bool(_EMBEDDING.search(leaf)) or (
-      leaf != 'kernel' and bool(_EMBEDDING.search(layer)) and not _PATCHES.search(layer)
-      and len(shape) <= 3
-  )
-  if is_table:
-    return None, 'embedding' if len(shape) >= 2 else None
-  if len(shape) < 2 or (len(shape) > 2 and not is_weight):
-    return None, None
-
-  is_conv = any(_CONV.search(n) for n in around)
-  into, out = _is_attention(path, set(shapes))
-  depth, reductions = _split(path, shapes, out_first, is_conv, into, out)
-  axes = tuple(range(len(shape)))
-  batch, matrix = axes[:depth], axes[depth:]
-  if len(matrix) < 2:
-    return None, None
-  if out_first:
-    rows, columns = matrix[1:], matrix[:1]
-  else:
-    rows, columns = matrix[:reductions], matrix[reductions:]
-  del batch
-  numbers = MuonDimensionNumbers(reduction_axis=rows, output_axis=columns)
-
-  size = lambda which: math.prod(shape[a] for a in which)
-  window = len(matrix) == 3 and shape[matrix[0]] <= min(_LARGEST_WINDOW, shape[matrix[1]])
-  if into or out:
-    kind = 'attention'
-  elif is_conv or len(matrix) >= 4 and len(columns) == 1:
-    kind = 'conv'
-  elif len(matrix) == 3 and len(columns) == 1 and (out_first or window) and not any(_DENSE.search(n) for n in around):
-    kind = 'conv'
-  elif (side := _mlp_side(path, size(rows), size(columns), shapes)) is not None:
-    kind = side
-  elif _HEAD.search(layer or leaf):
-    kind = 'head'
-  else:
-    kind = 'dense'
-  return numbers, kind
-
-
-def _split(
-    path: str, shapes: Mapping[str, tuple[int, ...]], out_first: bool, is_conv: bool,
-    into: bool, out: bool,
-) -> tuple[int, int]:
-  """(stacked leading axes, reduction axes) of a weight."""
-  shape, bias = shapes[path], _own_bias(path, shapes)
-  around = _stack_depth_around(path, shapes)
-  if out_first:
-    if bias:
-      # (O,), or (O, 1, 1) beside a convolution, after the stacked axes.
-      depth = next(i for i in range(len(bias)) if all(n == 1 for n in bias[i + 1:]))
-      if depth <= len(shape) - 2 and shape[: depth + 1] == bias[: depth + 1]:
-        return depth, len(shape) - depth - 1
-    depth = min(around or 0, len(shape) - 2)
-    return depth, len(shape) - depth - 1
-  if bias is not None and 0 < len(bias) < len(shape):
-    reductions = len(shape) - len(bias)
+def _axes(
+  shape: tuple[int, ...],
+  bias: tuple[int, ...] | None,
+  depth: int | None,
+  layer: _Layer,
+  attention: str | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Reduction and output axes of a weight."""
+  ndim, axes = len(shape), tuple(range(len(shape)))
+  if re.match('weight', layer.leaf, re.I):  # Equinox and PyTorch: output axis first.
+    # A convolution's bias is (O, 1, 1).
     fits = [
-        d for d in range(len(bias))
-        if bias == shape[:d] + shape[d + reductions:]
+      d for d in range(ndim - 1) if bias and bias == shape[: d + 1] + (1,) * (len(bias) - d - 1)
     ]
+    d = fits[0] if fits and depth not in fits else min(depth or 0, ndim - 2)
+    return axes[d + 1 :], axes[d : d + 1]
+  if bias:
+    reductions = ndim - len(bias)
+    fits = [d for d in range(len(bias)) if bias == shape[:d] + shape[d + reductions :]]
     if fits:
-      if len(fits) > 1 and (is_conv or out):  # These have one output axis.
-        return fits[-1], reductions
-      if len(fits) > 1 and around in fits and not into:
-        return around, reductions
-      return fits[0], reductions
-  depth = min(around or 0, len(shape) - 2)
-  axes = len(shape) - depth
-  return depth, 1 if axes == 2 or (into and axes == 3) else axes - 1
+      likely = (depth, ndim - 3 if attention == 'in' else None, fits[-1])
+      d = next(d for d in likely if d in fits)
+      return axes[d : d + reductions], axes[d + reductions :]
+    d = len(bias) - 1
+    if ndim - d > 2 and bias == shape[:d] + shape[-2:-1]:  # Transposed: (H, W, O, I).
+      return axes[d:-2] + axes[-1:], axes[-2:-1]
+  d = min(depth or 0, ndim - 2)
+  if attention and not _FUSED_QKV.fullmatch(layer.name):  # At most (D, H, K), (H, K, D).
+    d = max(d, ndim - 3)
+  split = d + 1 if attention == 'in' else ndim - 1
+  return axes[d:split], axes[split:]
+
+
+def _classify(path: str, tree: _Tree) -> tuple[MuonDimensionNumbers | None, str | None]:
+  shape, layer, bias = tree.shapes[path], tree.layers[path], tree.bias(path)
+  if len(shape) < 2 or layer.is_vector:
+    return None, None
+  if tree.is_table(path):
+    return None, 'embedding'
+  if bias is not None and len(bias) >= len(shape):  # A normalisation of another name.
+    return None, None
+
+  attention = _attention_side(layer, tree)
+  rows, columns = _axes(shape, bias, _stack_depth(path, tree), layer, attention)
+  own = len(rows) + len(columns)
+  if own > 2 and not _WEIGHT.fullmatch(layer.leaf):  # A bare array may be anything.
+    return None, None
+  numbers = MuonDimensionNumbers(reduction_axis=rows, output_axis=columns)
+  if attention:
+    return numbers, 'attention'
+  if own > 2 and len(columns) == 1 and not _DENSE.search(layer.name):
+    return numbers, 'conv'
+  m, n = (math.prod(shape[a] for a in axes) for axes in (rows, columns))
+  otherwise = 'head' if _HEAD.search(layer.name) else 'dense'
+  return numbers, _mlp_side(path, m, n, tree) or otherwise
 
 
 def _infer(leaves: Mapping[str, Any]) -> _Inferred:
-  shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
-  found = {
-      path: _classify(path, shapes)
-      if path in shapes and jnp.issubdtype(leaf.dtype, jnp.inexact) else (None, None)
+  tree = _Tree(
+    {
+      path: tuple(leaf.shape)
       for path, leaf in leaves.items()
-  }
+      if hasattr(leaf, 'shape') and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+  )
+  found = {path: _classify(path, tree) if path in tree.shapes else (None, None) for path in leaves}
   return _Inferred({p: f[0] for p, f in found.items()}, {p: f[1] for p, f in found.items()})
 
 
 def layer_types_by_path(params: Any) -> dict[str, str | None]:
+  """`layer_types`, by path."""
   return _infer(leaves_by_path(params)).types
 
 
@@ -464,11 +536,13 @@ def weight_dimension_numbers(params: Any) -> Any:
   attention's query, key and value (D, H, K) are D × (H·K), its output (H, K, D) is
   (H·K) × D.
 
-  What a shape cannot show: the groups of a grouped or depthwise convolution (it is
-  read as the one matrix (H·W·I/groups) × O), whether a transposed convolution
-  stores its kernel transposed (read as if it did not), and where a DenseGeneral
-  without bias and without a telling name splits its axes (before the last). Pass
-  your own tree for those.
+  What names and shapes cannot show, without a bias: where a DenseGeneral splits its
+  axes (read: before the last), that a ConvTranspose stores its kernel transposed
+  (read: it does not), that layers are stacked when no norm nor bias is near them and
+  no name says so (read: not stacked). With or without: the groups of a grouped or
+  depthwise convolution (read: one matrix (H·W·I/groups) × O), and that a
+  two-dimensional array of an unknown name is no matrix (read: it is one). Pass your
+  own tree for those.
 
   Args:
     params: Parameter tree: dicts, `FrozenDict`, `nnx.State`, lists, dataclasses; of
@@ -494,6 +568,4 @@ def layer_types(params: Any) -> Any:
     transformer's feed-forward part), ``"head"``, ``"embedding"``, or None for what
     is not a weight.
   """
-  return jax.tree.unflatten(
-      jax.tree.structure(params), list(layer_types_by_path(params).values())
-  )
+  return jax.tree.unflatten(jax.tree.structure(params), list(layer_types_by_path(params).values()))

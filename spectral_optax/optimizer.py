@@ -11,24 +11,24 @@ from spectral_optax import exponents, layout, transform
 
 
 def spectral_newton(
-    learning_rate: optax.ScalarOrSchedule,
-    alpha: Any = 'default',
-    damping: Any = None,
-    *,
-    momentum: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = True,
-    mu_dtype: Any | None = None,
-    normalize: str | None = 'rms',
-    solver: str = 'auto',
-    update_rms: jax.typing.ArrayLike | None = 0.2,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
-    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+  learning_rate: optax.ScalarOrSchedule,
+  alpha: Any = 'default',
+  damping: Any = None,
+  *,
+  momentum: jax.typing.ArrayLike = 0.95,
+  nesterov: bool = True,
+  mu_dtype: Any | None = None,
+  normalize: str | None = 'rms',
+  solver: str = 'auto',
+  update_rms: jax.typing.ArrayLike | None = 0.2,
+  weight_decay: jax.typing.ArrayLike = 0.0,
+  weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+  weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
+  adam_learning_rate: optax.ScalarOrSchedule | None = None,
+  adam_b1: jax.typing.ArrayLike = 0.9,
+  adam_b2: jax.typing.ArrayLike = 0.999,
+  adam_eps: jax.typing.ArrayLike = 1e-8,
+  adam_weight_decay: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
   """Spectral Newton: each layer's momentum through the map that its curvature wants.
 
@@ -103,27 +103,27 @@ def spectral_newton(
 
   def parts(dimension_numbers, alphas, dampings, labels):
     matrix = optax.chain(
-        transform.scale_by_spectral_newton(
-            alphas,
-            dampings,
-            momentum=momentum,
-            nesterov=nesterov,
-            mu_dtype=mu_dtype,
-            normalize=normalize,
-            solver=solver,
-            update_rms=update_rms,
-            weight_dimension_numbers=dimension_numbers,
-        ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+      transform.scale_by_spectral_newton(
+        alphas,
+        dampings,
+        momentum=momentum,
+        nesterov=nesterov,
+        mu_dtype=mu_dtype,
+        normalize=normalize,
+        solver=solver,
+        update_rms=update_rms,
+        weight_dimension_numbers=dimension_numbers,
+      ),
+      optax.add_decayed_weights(weight_decay, weight_decay_mask),
+      optax.scale_by_learning_rate(learning_rate),
     )
     other = optax.adamw(
-        adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=adam_eps,
-        weight_decay=adam_weight_decay,
-        mu_dtype=mu_dtype,
+      adam_learning_rate,
+      b1=adam_b1,
+      b2=adam_b2,
+      eps=adam_eps,
+      weight_decay=adam_weight_decay,
+      mu_dtype=mu_dtype,
     )
     return optax.partition({'matrix': matrix, 'adam': other}, labels)
 
@@ -137,19 +137,19 @@ def spectral_newton(
     values = exponents.resolve(alpha, damping, params, views)
     paths = layout.leaves_by_path(params)
     labels = jax.tree.unflatten(
-        jax.tree.structure(params), ['matrix' if p in views else 'adam' for p in paths]
+      jax.tree.structure(params), ['matrix' if p in views else 'adam' for p in paths]
     )
     numbers = {
-        path: MuonDimensionNumbers(views[path].reduction_axes, views[path].output_axes)
-        if path in views
-        else None
-        for path in paths
+      path: MuonDimensionNumbers(views[path].reduction_axes, views[path].output_axes)
+      if path in views
+      else None
+      for path in paths
     }
     return parts(
-        numbers,
-        {path: a for path, (a, _) in values.items()},
-        {path: d for path, (_, d) in values.items()},
-        labels,
+      numbers,
+      {path: a for path, (a, _) in values.items()},
+      {path: d for path, (_, d) in values.items()},
+      labels,
     )
 
   # What can be checked without parameters is, here and now.
@@ -159,6 +159,8 @@ def spectral_newton(
     return for_params(params).init(params)
 
   def update_fn(updates, state, params=None, **extra_args):
-    return for_params(updates).update(updates, state, params, **extra_args)
+    new, state = for_params(updates).update(updates, state, params, **extra_args)
+    # AdamW's come back in float32 where mu_dtype and the parameter's do not agree.
+    return jax.tree.map(lambda n, u: n.astype(u.dtype), new, updates), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -32,9 +32,7 @@ def transfer(sigma: ArrayLike, alpha: ArrayLike, damping: ArrayLike) -> jax.Arra
   Returns:
     T(σ), of the broadcast shape. T(0) = 0 for every α and d, also d = 0.
   """
-  sigma, alpha, damping = jnp.broadcast_arrays(
-      *(jnp.asarray(x) for x in (sigma, alpha, damping))
-  )
+  sigma, alpha, damping = jnp.broadcast_arrays(*(jnp.asarray(x) for x in (sigma, alpha, damping)))
   dtype = jnp.promote_types(jnp.result_type(sigma, alpha, damping), jnp.bfloat16)
   sigma, alpha, damping = (x.astype(dtype) for x in (sigma, alpha, damping))
   return sigma * transfer_ratio(sigma, alpha, damping)

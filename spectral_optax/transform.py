@@ -37,10 +37,10 @@ class MomentumState(NamedTuple):
 
 
 def scale_by_momentum(
-    momentum: jax.typing.ArrayLike = 0.95,
-    *,
-    nesterov: bool = True,
-    mu_dtype: Any | None = None,
+  momentum: jax.typing.ArrayLike = 0.95,
+  *,
+  nesterov: bool = True,
+  mu_dtype: Any | None = None,
 ) -> optax.GradientTransformation:
   """Replaces the gradient by its bias-corrected running average.
 
@@ -74,14 +74,14 @@ def scale_by_momentum(
     count = optax.safe_increment(state.count)
     if nesterov:
       ahead = jax.tree.map(
-          lambda m, g: momentum * m + (1 - momentum) * g,
-          optax.tree.bias_correction(mu, momentum, optax.safe_increment(count)),
-          optax.tree.bias_correction(updates, momentum, count),
+        lambda m, g: momentum * m + (1 - momentum) * g,
+        optax.tree.bias_correction(mu, momentum, optax.safe_increment(count)),
+        optax.tree.bias_correction(updates, momentum, count),
       )
     else:
       ahead = optax.tree.bias_correction(mu, momentum, count)
     ahead = jax.tree.map(
-        lambda ok, a, g: jnp.where(ok, a, g).astype(g.dtype), finite, ahead, updates
+      lambda ok, a, g: jnp.where(ok, a, g).astype(g.dtype), finite, ahead, updates
     )
     mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
     return ahead, MomentumState(count, mu)
@@ -150,12 +150,12 @@ def _sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def scale_by_spectral_transfer(
-    alpha: Any = 'default',
-    damping: Any = None,
-    *,
-    normalize: str | None = 'rms',
-    solver: str = 'auto',
-    weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
+  alpha: Any = 'default',
+  damping: Any = None,
+  *,
+  normalize: str | None = 'rms',
+  solver: str = 'auto',
+  weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
   """Replaces every matrix U Σ Vᵀ by U T(Σ) Vᵀ, T(σ) = σ / (σ^α + d).
 
@@ -192,7 +192,7 @@ def scale_by_spectral_transfer(
     views, values = plan(params)
     leaves = layout.leaves_by_path(params)
     columns: dict[str, dict[str, jax.Array]] = {
-        name: {} for name in SpectralTransferState._fields[1:]
+      name: {} for name in SpectralTransferState._fields[1:]
     }
     for path, view in views.items():
       where = f' for {path!r} with shape {view.shape}'
@@ -224,8 +224,8 @@ def scale_by_spectral_transfer(
     columns = {name: {} for name in SpectralTransferState._fields[1:]}
     for (small, _, dtype, method), paths in groups.items():
       used = {
-          path: [_broadcast(_at(v, state.count), views[path], dtype) for v in values[path]]
-          for path in paths
+        path: [_broadcast(_at(v, state.count), views[path], dtype) for v in values[path]]
+        for path in paths
       }
       matrices, starts = [], []
       for path in paths:
@@ -235,12 +235,12 @@ def scale_by_spectral_transfer(
         matrices.append(matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix)
         starts.append(state.sigma_max_vector[path].reshape(-1, small))
       solved, spectrum = solvers.solve_batch(
-          jnp.concatenate(matrices),
-          jnp.concatenate([used[path][0].reshape(-1) for path in paths]),
-          jnp.concatenate([used[path][1].reshape(-1) for path in paths]),
-          normalize=normalize,
-          solver=method,
-          start=jnp.concatenate(starts),
+        jnp.concatenate(matrices),
+        jnp.concatenate([used[path][0].reshape(-1) for path in paths]),
+        jnp.concatenate([used[path][1].reshape(-1) for path in paths]),
+        normalize=normalize,
+        solver=method,
+        start=jnp.concatenate(starts),
       )
       ends = np.cumsum([math.prod(views[path].batch_shape) for path in paths])[:-1].tolist()
       parts = zip(*(jnp.split(x, ends) for x in (solved, *spectrum)), strict=True)
@@ -267,7 +267,7 @@ def _broadcast(value: Any, view: layout.MatrixView, dtype: Any) -> jax.Array:
 
 
 def _state(
-    count: jax.Array, columns: Mapping[str, dict[str, jax.Array]], params: Any
+  count: jax.Array, columns: Mapping[str, dict[str, jax.Array]], params: Any
 ) -> SpectralTransferState:
   if not jax.tree.leaves(params):
     # `optax.tree.map_params` puts a placeholder for the parameters and looks for it
@@ -282,9 +282,9 @@ def _state(
 
 
 def scale_to_rms(
-    rms: jax.typing.ArrayLike = 0.2,
-    *,
-    weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
+  rms: jax.typing.ArrayLike = 0.2,
+  *,
+  weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
   """Scales every matrix's update to one root mean square.
 
@@ -323,16 +323,16 @@ def scale_to_rms(
 
 
 def scale_by_spectral_newton(
-    alpha: Any = 'default',
-    damping: Any = None,
-    *,
-    momentum: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = True,
-    mu_dtype: Any | None = None,
-    normalize: str | None = 'rms',
-    solver: str = 'auto',
-    update_rms: jax.typing.ArrayLike | None = 0.2,
-    weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
+  alpha: Any = 'default',
+  damping: Any = None,
+  *,
+  momentum: jax.typing.ArrayLike = 0.95,
+  nesterov: bool = True,
+  mu_dtype: Any | None = None,
+  normalize: str | None = 'rms',
+  solver: str = 'auto',
+  update_rms: jax.typing.ArrayLike | None = 0.2,
+  weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Momentum, spectral transfer and update size: Spectral Newton without the rest.
 
@@ -358,14 +358,14 @@ def scale_by_spectral_newton(
     ValueError, TypeError: as the parts do.
   """
   parts = [
-      scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
-      scale_by_spectral_transfer(
-          alpha,
-          damping,
-          normalize=normalize,
-          solver=solver,
-          weight_dimension_numbers=weight_dimension_numbers,
-      ),
+    scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
+    scale_by_spectral_transfer(
+      alpha,
+      damping,
+      normalize=normalize,
+      solver=solver,
+      weight_dimension_numbers=weight_dimension_numbers,
+    ),
   ]
   if update_rms is not None:
     parts.append(scale_to_rms(update_rms, weight_dimension_numbers=weight_dimension_numbers))

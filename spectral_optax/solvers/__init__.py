@@ -25,9 +25,9 @@ from spectral_optax.solvers import cholesky, gram, svd
 from spectral_optax.solvers._lapack import one_at_a_time
 
 SOLVERS = {
-    'svd': svd.solve,
-    'gram': gram.solve,
-    'cholesky': cholesky.solve,
+  'svd': svd.solve,
+  'gram': gram.solve,
+  'cholesky': cholesky.solve,
 }
 NORMALIZATIONS = ('rms', 'spectral', 'frobenius', None)
 
@@ -67,8 +67,8 @@ def check_hyperparams(solver: str, alpha: Any, damping: Any, where: str = '') ->
       raise ValueError(f'{name} is {meaning}: finite and not negative, got {value}{where}.')
   if solver == 'cholesky' and not _is_exactly_two(alpha):
     raise ValueError(
-        f'solver="cholesky" computes alpha = 2 alone, as a Python number that is known'
-        f' while tracing; got alpha = {alpha}{where}. Use solver="gram" or "auto".'
+      f'solver="cholesky" computes alpha = 2 alone, as a Python number that is known'
+      f' while tracing; got alpha = {alpha}{where}. Use solver="gram" or "auto".'
     )
 
 
@@ -136,13 +136,13 @@ def _spectrum(gram_matrix: jax.Array, scale: jax.Array, start: jax.Array) -> Spe
 
 
 def solve_batch(
-    matrix: jax.Array,
-    alpha: ArrayLike,
-    damping: ArrayLike,
-    *,
-    normalize: str | None,
-    solver: str,
-    start: jax.Array | None = None,
+  matrix: jax.Array,
+  alpha: ArrayLike,
+  damping: ArrayLike,
+  *,
+  normalize: str | None,
+  solver: str,
+  start: jax.Array | None = None,
 ) -> tuple[jax.Array, Spectrum]:
   """U T(Σ) Vᵀ and the spectra of a batch of matrices of one shape.
 
@@ -176,20 +176,20 @@ def solve_batch(
   spectrum = _spectrum(unit_gram if normalize is not None else _gram(unit), scale, start)
   finite = finite[:, 0, 0]
   spectrum = Spectrum(
-      jnp.where(finite, spectrum.participation_ratio, jnp.nan),
-      jnp.where(finite, spectrum.sigma_max, jnp.nan),
-      spectrum.sigma_max_vector,
+    jnp.where(finite, spectrum.participation_ratio, jnp.nan),
+    jnp.where(finite, spectrum.sigma_max, jnp.nan),
+    spectrum.sigma_max_vector,
   )
   return update.swapaxes(-1, -2) if wide else update, spectrum
 
 
 def apply_transfer(
-    matrix: ArrayLike,
-    *,
-    alpha: ArrayLike,
-    damping: ArrayLike = 0.1,
-    normalize: str | None = 'rms',
-    solver: str = 'auto',
+  matrix: ArrayLike,
+  *,
+  alpha: ArrayLike,
+  damping: ArrayLike = 0.1,
+  normalize: str | None = 'rms',
+  solver: str = 'auto',
 ) -> jax.Array:
   r"""``U diag(T(σ)) Vᵀ`` with ``T(σ) = σ / (σ^α + d)``, for G = U Σ Vᵀ.
 
@@ -238,16 +238,16 @@ def apply_transfer(
       return value
     if jnp.broadcast_shapes(jnp.shape(value), batch) != batch:
       raise ValueError(
-          f'{name} of shape {jnp.shape(value)} does not broadcast against the leading'
-          f' axes {batch} of a matrix of shape {matrix.shape}.'
+        f'{name} of shape {jnp.shape(value)} does not broadcast against the leading'
+        f' axes {batch} of a matrix of shape {matrix.shape}.'
       )
     return jnp.broadcast_to(value, batch).reshape(-1)
 
   update, _ = solve_batch(
-      matrix.reshape(-1, *matrix.shape[-2:]).astype(dtype),
-      flat(alpha, 'alpha'),
-      flat(damping, 'damping'),
-      normalize=normalize,
-      solver=solver,
+    matrix.reshape(-1, *matrix.shape[-2:]).astype(dtype),
+    flat(alpha, 'alpha'),
+    flat(damping, 'damping'),
+    normalize=normalize,
+    solver=solver,
   )
   return update.reshape(matrix.shape).astype(matrix.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from spectral_optax.solvers._lapack import one_at_a_time
+from spectral_optax.solvers._perturbation import product
 
 
 def _solve_right(matrix: jax.Array, shifted_gram: jax.Array) -> jax.Array:
@@ -20,7 +21,7 @@ def _solve_right(matrix: jax.Array, shifted_gram: jax.Array) -> jax.Array:
 
   def divide(b, transpose_a):
     return jax.lax.linalg.triangular_solve(
-        factor, b, left_side=False, lower=True, transpose_a=transpose_a
+      factor, b, left_side=False, lower=True, transpose_a=transpose_a
     )
 
   return divide(divide(matrix, True), False)
@@ -29,9 +30,7 @@ def _solve_right(matrix: jax.Array, shifted_gram: jax.Array) -> jax.Array:
 _solve_right_batched = one_at_a_time(_solve_right)
 
 
-def solve(
-    matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike
-) -> jax.Array:
+def solve(matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike) -> jax.Array:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
   del alpha  # Two, which the caller has checked.
   # Rounding moves the eigenvalues of GᵀG by about ε σ_max²; a shift below that is
@@ -39,11 +38,11 @@ def solve(
   trace = jnp.trace(gram, axis1=-2, axis2=-1)
   floor = 2 * jnp.finfo(gram.dtype).eps * trace + jnp.finfo(gram.dtype).tiny
   shift = jnp.maximum(jnp.asarray(damping, gram.dtype), floor)
-  shifted = gram + shift[:, None, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+  shifted = gram + shift[:, None, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
   # A linear solve by name, so that its derivative is one more solve.
   return jax.lax.custom_linear_solve(
-      lambda x: jnp.matmul(x, shifted, precision='highest'),
-      matrix,
-      lambda _, b: _solve_right_batched(b, shifted),
-      symmetric=True,
+    lambda x: product(x, shifted),
+    matrix,
+    lambda _, b: _solve_right_batched(b, shifted),
+    symmetric=True,
   )

@@ -1,19 +1,23 @@
 """`solver="gram"`: any α ≥ 0 from the eigenvectors of the small-side Gram matrix.
 
-T(σ) = σ f(σ), f(σ) = 1 / (σ^α + d), so with GᵀG = V Σ² Vᵀ
+T(σ) = σ f(σ²), f(λ) = 1 / (λ^(α/2) + d), so with GᵀG = V Σ² Vᵀ
 
-    U T(Σ) Vᵀ = (G V) diag(f(σ)) Vᵀ
+    U T(Σ) Vᵀ = G f(GᵀG) = (G V) f(Σ²) Vᵀ
 
-and the left singular vectors are never needed. σ_k is taken as ‖G v_k‖, which
-keeps the digits that the square root of a small eigenvalue has lost.
+and the left singular vectors are never needed.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from spectral_optax.solvers._derivative import function_tangent
 from spectral_optax.solvers._lapack import one_at_a_time
+from spectral_optax.solvers._perturbation import (
+  divided_differences,
+  function_tangent,
+  product,
+  transpose,
+)
 from spectral_optax.transfer import transfer_ratio
 
 _eigenvectors = one_at_a_time(lambda gram: jnp.linalg.eigh(gram, symmetrize_input=False)[1])
@@ -21,13 +25,22 @@ _eigenvectors = one_at_a_time(lambda gram: jnp.linalg.eigh(gram, symmetrize_inpu
 
 @jax.custom_jvp
 def _apply(
-    matrix: jax.Array, gram: jax.Array, alpha: jax.Array, damping: jax.Array
+  matrix: jax.Array, gram: jax.Array, alpha: jax.Array, damping: jax.Array
 ) -> jax.Array:
+  alpha, damping = alpha[:, None], damping[:, None]
   v = _eigenvectors(gram)
-  gv = jnp.matmul(matrix, v, precision='highest')
-  sigma = jnp.linalg.norm(gv, axis=-2)
-  gv *= transfer_ratio(sigma, alpha[:, None], damping[:, None])[:, None, :]
-  return jnp.matmul(gv, v.swapaxes(-1, -2), precision='highest')
+  gv = product(matrix, v)
+  # (G V)ᵀ(G V) would be Σ². Its diagonal keeps the digits of σ_k that a small
+  # eigenvalue has lost; what is off the diagonal is how far rounding has turned V,
+  # four times as far as GᵀG itself is rounded, and is put right to first order.
+  squares = product(transpose(gv), gv)
+  x = jnp.diagonal(squares, axis1=-2, axis2=-1)
+  f = transfer_ratio(jnp.sqrt(x), alpha, damping)
+  diagonal = jnp.eye(gram.shape[-1], dtype=bool)[None]
+  f = jnp.where(
+    diagonal, f[:, None, :], divided_differences(x, alpha, damping) * squares
+  )
+  return product(gv, product(f, transpose(v)))
 
 
 @_apply.defjvp
@@ -35,15 +48,17 @@ def _apply_jvp(primals, tangents):
   # The Gram matrix is a function of the matrix: its own tangent says nothing new.
   matrix, gram, alpha, damping = primals
   tangents = (tangents[0], *tangents[2:])
-  return _apply(*primals), function_tangent(matrix, _eigenvectors(gram), alpha, damping, tangents)
+  return _apply(*primals), function_tangent(
+    matrix, _eigenvectors(gram), alpha, damping, tangents
+  )
 
 
 def solve(
-    matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike
+  matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike
 ) -> jax.Array:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
   batch = matrix.shape[:1]
   alpha, damping = (
-      jnp.broadcast_to(jnp.asarray(x, matrix.dtype), batch) for x in (alpha, damping)
+    jnp.broadcast_to(jnp.asarray(x, matrix.dtype), batch) for x in (alpha, damping)
   )
   return _apply(matrix, gram, alpha, damping)
