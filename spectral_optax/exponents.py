@@ -64,7 +64,7 @@ def _call_on_parameters(rule: Callable[[Any], Any], params: Any, name: str) -> A
   shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
   try:
     return rule(shapes)
-  except Exception as not_a_rule:  # noqa: BLE001  Anything may go wrong in there.
+  except Exception as not_a_rule:
     try:
       value = jax.eval_shape(rule, jax.ShapeDtypeStruct((), jnp.int32))
       if jax.tree.structure(value) != jax.tree.structure(0) or value.shape != ():
@@ -82,7 +82,7 @@ def _entries(value: Any, params: Any, name: str) -> dict[str, Any]:
   """The user's value by parameter path: one number is a prefix of everything."""
   if isinstance(value, str):
     raise ValueError(f'{name} must be a number, a schedule, a tree or a callable, got {value!r}.')
-  if callable(value):
+  if layout.is_function(value):
     value = _call_on_parameters(value, params, name)
   entries = layout.leaves_by_path(value, is_leaf=lambda x: x is None)
   entries = {path: v for path, v in entries.items() if v is not None}

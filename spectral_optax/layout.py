@@ -21,7 +21,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def path_string(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def is_function(x: Any) -> bool:
+def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
   """Whether this is a callable to be called: an Equinox module is one, and a tree."""
   return callable(x) and jax.tree_util.all_leaves([x])
 
@@ -407,7 +407,7 @@ def _stack_depth(path: str, tree: _Tree) -> int | None:
     if fewest is not None:
       return named + max(0, min(shared, fewest - 1))
     depth = room.count('/') + 1 if room else 0
-    if depth and stack.fullmatch(names[depth - 1]) and shared:
+    if depth and stack.fullmatch(names[depth - 1]) and not names[depth].isdecimal() and shared:
       named += 1
   return named or None
 
@@ -473,8 +473,7 @@ def _axes(
     reductions = ndim - len(bias)
     fits = [d for d in range(len(bias)) if bias == shape[:d] + shape[d + reductions :]]
     if fits:
-      likely = (depth, ndim - 3 if attention == 'in' else None, fits[-1])
-      d = next(d for d in likely if d in fits)
+      d = depth if depth in fits else fits[-1]
       return axes[d : d + reductions], axes[d + reductions :]
     d = len(bias) - 1
     if ndim - d > 2 and bias == shape[:d] + shape[-2:-1]:  # Transposed: (H, W, O, I).

@@ -38,7 +38,6 @@ def spectral_newton(
   inferred from names and shapes.
 
   Example:
-
     >>> import jax, jax.numpy as jnp, optax, spectral_optax
     >>> params = {'kernel': jnp.ones((4, 3)), 'bias': jnp.zeros(3)}
     >>> optimizer = spectral_optax.spectral_newton(1e-2)
@@ -125,7 +124,8 @@ def spectral_newton(
       weight_decay=adam_weight_decay,
       mu_dtype=mu_dtype,
     )
-    return optax.partition({'matrix': matrix, 'adam': other}, labels)
+    # A function, since a tree of labels may be callable itself (an Equinox module).
+    return optax.partition({'matrix': matrix, 'adam': other}, lambda _: labels)
 
   def for_params(params):
     """The optimizer for a tree of these names and shapes.

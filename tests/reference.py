@@ -8,10 +8,10 @@ EPS = float(np.finfo(np.float32).eps)
 def size(g: np.ndarray, normalize: str | None) -> float:
   sigma = np.linalg.svd(np.asarray(g, np.float64), compute_uv=False)
   return {
-      'rms': np.sqrt(np.mean(sigma**2)),
-      'spectral': sigma[0],
-      'frobenius': np.sqrt(np.sum(sigma**2)),
-      None: 1.0,
+    'rms': np.sqrt(np.mean(sigma**2)),
+    'spectral': sigma[0],
+    'frobenius': np.sqrt(np.sum(sigma**2)),
+    None: 1.0,
   }[normalize] or 1.0
 
 
@@ -57,7 +57,7 @@ def cost_of_rounding(g, alpha, damping, of_gram: bool, draws: int = 3) -> float:
       moved = g @ (v * f) @ v.T
     else:
       moved = update(
-          g + _of_norm(rng.standard_normal(g.shape), EPS * sigma_max), alpha, damping, None
+        g + _of_norm(rng.standard_normal(g.shape), EPS * sigma_max), alpha, damping, None
       )
     costs.append(relative_error(moved, exact))
   return max(costs)
@@ -76,17 +76,17 @@ def matrices() -> dict[str, np.ndarray]:
 
   rank_3 = rng.standard_normal((40, 3)) @ rng.standard_normal((3, 24))
   cases = {
-      'tall': rng.standard_normal((64, 20)),
-      'wide': rng.standard_normal((20, 64)),
-      'square': rng.standard_normal((32, 32)),
-      'row': rng.standard_normal((1, 17)),
-      'column': rng.standard_normal((17, 1)),
-      'one by one': rng.standard_normal((1, 1)),
-      'rank deficient': rank_3,
-      'rank deficient, wide': rank_3.T,
-      'repeated': with_spectrum(30, 18, np.repeat([3.0, 1.0, 0.1], 6)),
-      'orthogonal': orthogonal(24, 24),
-      'condition 1e6': with_spectrum(40, 24, np.logspace(0, -6, 24)),
-      'condition 1e6, wide': with_spectrum(16, 48, np.logspace(0, -6, 16)),
+    'tall': rng.standard_normal((64, 20)),
+    'wide': rng.standard_normal((20, 64)),
+    'square': rng.standard_normal((32, 32)),
+    'row': rng.standard_normal((1, 17)),
+    'column': rng.standard_normal((17, 1)),
+    'one by one': rng.standard_normal((1, 1)),
+    'rank deficient': rank_3,
+    'rank deficient, wide': rank_3.T,
+    'repeated': with_spectrum(30, 18, np.repeat([3.0, 1.0, 0.1], 6)),
+    'orthogonal': orthogonal(24, 24),
+    'condition 1e6': with_spectrum(40, 24, np.logspace(0, -6, 24)),
+    'condition 1e6, wide': with_spectrum(16, 48, np.logspace(0, -6, 16)),
   }
   return {name: g.astype(np.float32) for name, g in cases.items()}

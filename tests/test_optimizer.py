@@ -55,9 +55,7 @@ def test_transfer_of_each_parameter():
   updates, _ = tx.update(grads, tx.init(grads))
   conv = reference.update(grads['Conv_0']['kernel'].reshape(18, 6), 2, 0.1)
   np.testing.assert_allclose(updates['Conv_0']['kernel'].reshape(18, 6), conv, atol=1e-5)
-  for update, grad in zip(
-    updates['layers']['kernel'], grads['layers']['kernel'], strict=True
-  ):
+  for update, grad in zip(updates['layers']['kernel'], grads['layers']['kernel'], strict=True):
     np.testing.assert_allclose(update, reference.update(grad, 2, 0.1), atol=1e-5)
   for name in ('Dense_0', 'Dense_1', 'head'):
     exact = reference.update(grads[name]['kernel'], 2, 0.1)
@@ -278,9 +276,7 @@ def test_own_dimension_numbers():
     )
     updates, state = tx.update(grads, tx.init(params), params)
     exact = reference.update(np.moveaxis(grads['a'], 2, 0).reshape(4, 6), 2, 0.1)
-    np.testing.assert_allclose(
-      np.moveaxis(updates['a'], 2, 0).reshape(4, 6), exact, atol=1e-5
-    )
+    np.testing.assert_allclose(np.moveaxis(updates['a'], 2, 0).reshape(4, 6), exact, atol=1e-5)
     assert set(optax.tree.get(state, 'sigma_max')) == {'a', 'c'}
     adam = optax.adamw(-1.0, weight_decay=0.0)
     expected, _ = adam.update(grads, adam.init(params), params)
@@ -382,9 +378,7 @@ def test_apply_if_finite_sees_bad_gradients():
 def test_state_is_stable_in_shape_and_dtype(dtype, mu_dtype):
   with jax.enable_x64(dtype == jnp.float64):
     params = mixed_params(dtype)
-    tx = spectral_optax.spectral_newton(
-      0.1, optax.linear_schedule(1.0, 2.0, 10), mu_dtype=mu_dtype
-    )
+    tx = spectral_optax.spectral_newton(0.1, optax.linear_schedule(1.0, 2.0, 10), mu_dtype=mu_dtype)
     state = tx.init(params)
     updates, after = jax.jit(tx.update)(random_like(params), state, params)
     assert avals(after) == avals(state)
@@ -584,7 +578,9 @@ def test_inject_hyperparams():
   # A new value is used without compiling again.
   state.hyperparams['damping'] = jnp.array(0.5)
   _, state = jax.jit(injected.update)(grads, state, params)
-  np.testing.assert_allclose(optax.tree.get(state, 'damping', filtering=_is_dict)['head/kernel'], 0.5)
+  np.testing.assert_allclose(
+    optax.tree.get(state, 'damping', filtering=_is_dict)['head/kernel'], 0.5
+  )
 
 
 def _is_dict(_, value):
@@ -710,6 +706,6 @@ def test_errors_at_init(which, arguments, error, message):
 def test_complex_matrices_are_refused():
   params = {'Dense_0': {'kernel': jnp.ones((3, 2), jnp.complex64)}}
   with pytest.raises(TypeError, match=r"'Dense_0/kernel' with shape \(3, 2\) has dtype complex64"):
-    spectral_optax.spectral_newton(
-      0.1, weight_dimension_numbers=MuonDimensionNumbers()
-    ).init(params)
+    spectral_optax.spectral_newton(0.1, weight_dimension_numbers=MuonDimensionNumbers()).init(
+      params
+    )

@@ -192,7 +192,10 @@ def test_small_damping_does_not_break_the_factorisation(damping):
 # ---------------------------------------------------------------------------------
 
 SETTINGS = hypothesis.settings(
-  max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+  max_examples=20,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=list(hypothesis.HealthCheck),
 )
 
 
@@ -330,9 +333,7 @@ def test_sigma_max_follows_a_new_leader():
   start = None
   for step in range(30):
     g = jnp.diag(jnp.array([1.0 if step < 10 else 0.1, 0.5, 0.05]))[None]
-    _, spectrum = solvers.solve_batch(
-      g, 2.0, 0.1, normalize='rms', solver='cholesky', start=start
-    )
+    _, spectrum = solvers.solve_batch(g, 2.0, 0.1, normalize='rms', solver='cholesky', start=start)
     start = spectrum.sigma_max_vector
     if step == 9:
       np.testing.assert_allclose(spectrum.sigma_max, [1.0], rtol=1e-4)

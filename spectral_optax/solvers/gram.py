@@ -24,9 +24,7 @@ _eigenvectors = one_at_a_time(lambda gram: jnp.linalg.eigh(gram, symmetrize_inpu
 
 
 @jax.custom_jvp
-def _apply(
-  matrix: jax.Array, gram: jax.Array, alpha: jax.Array, damping: jax.Array
-) -> jax.Array:
+def _apply(matrix: jax.Array, gram: jax.Array, alpha: jax.Array, damping: jax.Array) -> jax.Array:
   alpha, damping = alpha[:, None], damping[:, None]
   v = _eigenvectors(gram)
   gv = product(matrix, v)
@@ -37,9 +35,7 @@ def _apply(
   x = jnp.diagonal(squares, axis1=-2, axis2=-1)
   f = transfer_ratio(jnp.sqrt(x), alpha, damping)
   diagonal = jnp.eye(gram.shape[-1], dtype=bool)[None]
-  f = jnp.where(
-    diagonal, f[:, None, :], divided_differences(x, alpha, damping) * squares
-  )
+  f = jnp.where(diagonal, f[:, None, :], divided_differences(x, alpha, damping) * squares)
   return product(gv, product(f, transpose(v)))
 
 
@@ -48,17 +44,11 @@ def _apply_jvp(primals, tangents):
   # The Gram matrix is a function of the matrix: its own tangent says nothing new.
   matrix, gram, alpha, damping = primals
   tangents = (tangents[0], *tangents[2:])
-  return _apply(*primals), function_tangent(
-    matrix, _eigenvectors(gram), alpha, damping, tangents
-  )
+  return _apply(*primals), function_tangent(matrix, _eigenvectors(gram), alpha, damping, tangents)
 
 
-def solve(
-  matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike
-) -> jax.Array:
+def solve(matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike) -> jax.Array:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
   batch = matrix.shape[:1]
-  alpha, damping = (
-    jnp.broadcast_to(jnp.asarray(x, matrix.dtype), batch) for x in (alpha, damping)
-  )
+  alpha, damping = (jnp.broadcast_to(jnp.asarray(x, matrix.dtype), batch) for x in (alpha, damping))
   return _apply(matrix, gram, alpha, damping)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from spectral_optax.solvers._perturbation import function_tangent, product
 from spectral_optax.solvers._lapack import one_at_a_time
+from spectral_optax.solvers._perturbation import function_tangent, product
 from spectral_optax.transfer import transfer
 
 _svd = one_at_a_time(lambda matrix: jnp.linalg.svd(matrix, full_matrices=False))
