@@ -9,43 +9,54 @@ import sys
 
 if hasattr(os, 'sched_setaffinity'):  # Two threads in the pool, also on a large machine.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# More devices than cores would make the pool larger.
+devices = 8 if sys.argv[2:] == ['devices'] else 1
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import spectral_optax
 
-SHAPES = [(24, 8), (16, 16), (32, 12), (9, 27), (40, 20), (6, 6)]
-STEPS = 100
+# Smaller than this, a batched call does its work at once and waits for nobody: with
+# batched calls in place of our loops, every solver hangs here on jaxlib 0.10.2.
+SMALL_SIDES = {'svd': (64, 72, 80, 88, 96, 104), 'cholesky': (128, 136, 144, 152, 160, 168)}
+SMALL_SIDES |= {'gram': SMALL_SIDES['svd'], 'auto': SMALL_SIDES['cholesky']}
 
 
-def params():
+def params(solver):
   """Six shapes of matrix, three of each: a stack of two, and one the other way round."""
   tree = {}
-  for i, (m, n) in enumerate(SHAPES):
+  for i, n in enumerate(SMALL_SIDES[solver]):
+    m = n + 8 * i
     tree[f'Stack_{i}'] = {'kernel': jnp.ones((2, m, n)), 'bias': jnp.zeros((2, n))}
     tree[f'Dense_{i}'] = {'kernel': jnp.ones((n, m)), 'bias': jnp.zeros(m)}
   return tree
 
 
 def optimizer(solver):
-  alpha = 2.0 if solver == 'cholesky' else jnp.asarray(1.5)
-  if solver == 'auto':
-    alpha = 'default'
+  alpha = {
+    'cholesky': 2.0,
+    # Some of the shapes each way.
+    'auto': lambda p: {path: 2.0 if path[-1] in '024' else 1.5 for path in p},
+  }.get(solver, jnp.asarray(1.5))
   return spectral_optax.spectral_newton(1e-3, alpha, solver=solver)
 
 
 def noise(key, tree):
+  """One draw, cut to pieces: a draw for each leaf takes longer to compile than a step."""
   leaves, structure = jax.tree.flatten(tree)
-  keys = jax.random.split(key, len(leaves))
+  ends = np.cumsum([x.size for x in leaves])
+  draw = jax.random.normal(key, (int(ends[-1]),))
+  pieces = jnp.split(draw, ends[:-1].tolist())
   return structure.unflatten(
-    [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    [piece.reshape(x.shape) for piece, x in zip(pieces, leaves, strict=True)]
   )
 
 
-def training(tx, gradient, steps):
+def training(tx, start, gradient, steps):
   """One program of many steps."""
 
   def step(carry, key):
@@ -54,7 +65,7 @@ def training(tx, gradient, steps):
     return (optax.apply_updates(p, updates), state), None
 
   def run(key):
-    p = noise(key, params())
+    p = noise(key, start)
     (p, _), _ = jax.lax.scan(step, (p, tx.init(p)), jax.random.split(key, steps))
     return p
 
@@ -79,26 +90,24 @@ def model_gradient(key, p):
 
 
 def main(solver, case):
-  tx, key = optimizer(solver), jax.random.key(0)
+  tx, p, key = optimizer(solver), params(solver), jax.random.key(0)
   if case == 'steps':
-    p = params()
     step = jax.jit(lambda key, state: tx.update(noise(key, p), state, p))
     state, end = tx.init(p), p
-    for k in jax.random.split(key, STEPS):
+    for k in jax.random.split(key, 8 if solver == 'svd' else 20):
       end, state = step(k, state)
   elif case == 'model':
-    end = jax.jit(training(tx, model_gradient, 15))(key)
+    end = jax.jit(training(tx, p, model_gradient, 5))(key)
   elif case == 'seeds':  # `vmap` around the optimizer batches what was a loop.
-    end = jax.jit(jax.vmap(training(tx, noise, 20)))(jax.random.split(key, 3))
+    end = jax.jit(jax.vmap(training(tx, p, noise, 5)))(jax.random.split(key, 2))
   elif case == 'devices':  # Every device of the process runs the program.
     mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-    keys = jax.device_put(jax.random.split(key, 8), sharded)
-    end = jax.jit(jax.shard_map(
-      jax.vmap(training(tx, noise, 20)), mesh=mesh,
-      in_specs=jax.sharding.PartitionSpec('data'),
-      out_specs=jax.sharding.PartitionSpec('data'), check_vma=False,
-    ))(keys)  # fmt: skip
+    spec = jax.sharding.PartitionSpec('data')
+    keys = jax.device_put(jax.random.split(key, 8), jax.sharding.NamedSharding(mesh, spec))
+    train = jax.vmap(training(tx, p, noise, 2))
+    end = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(
+      keys
+    )
   else:
     raise ValueError(case)
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(end)):

@@ -14,8 +14,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize('case', ['steps', 'model', 'seeds', 'devices'])
-@pytest.mark.parametrize('solver', ['svd', 'gram', 'cholesky', 'auto'])
+@pytest.mark.parametrize(
+  ('solver', 'case'),
+  [
+    *((solver, 'steps') for solver in ('svd', 'gram', 'cholesky', 'auto')),
+    *((solver, 'model') for solver in ('svd', 'auto')),
+    *((solver, 'seeds') for solver in ('gram', 'cholesky')),
+    *((solver, 'devices') for solver in ('gram', 'cholesky')),
+  ],
+)
 def test_comes_to_an_end(solver, case):
   run = subprocess.run(
     [sys.executable, '-m', 'tests.hang_script', solver, case],
