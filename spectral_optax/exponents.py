@@ -178,7 +178,7 @@ def _same_turn(alpha: Any, layer_type: str | None) -> Any:
   default_alpha, default_damping = default_exponents(layer_type)
   log_turn = math.log(default_damping) / default_alpha
   if callable(alpha):
-    return lambda count: jnp.exp(log_turn * alpha(count))
+    return lambda count: jnp.exp(log_turn * jnp.asarray(alpha(count)))
   if isinstance(alpha, jax.Array):
     return jnp.exp(log_turn * alpha)
   return np.exp(log_turn * np.asarray(alpha, dtype=float))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,12 +32,12 @@ class MomentumState(NamedTuple):
     mu: The running average of the gradients, a tree like the parameters.
   """
 
-  count: jax.Array
+  count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
   mu: optax.Updates
 
 
 def scale_by_momentum(
-  momentum: jax.typing.ArrayLike = 0.95,
+  momentum: float | jax.Array = 0.95,
   *,
   nesterov: bool = True,
   mu_dtype: Any | None = None,
@@ -113,7 +114,7 @@ class SpectralTransferState(NamedTuple):
       additional last axis.
   """
 
-  count: jax.Array
+  count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
   alpha: Any
   damping: Any
   participation_ratio: Any
@@ -266,7 +267,7 @@ def _broadcast(value: Any, view: layout.MatrixView, dtype: Any) -> jax.Array:
 
 
 def _state(
-  count: jax.Array, columns: Mapping[str, dict[str, jax.Array]], params: Any
+  count: jax.typing.ArrayLike, columns: Mapping[str, dict[str, jax.Array]], params: Any
 ) -> SpectralTransferState:
   if not jax.tree.leaves(params):
     # `optax.tree.map_params` puts a placeholder for the parameters and looks for it
@@ -281,7 +282,7 @@ def _state(
 
 
 def scale_to_rms(
-  rms: jax.typing.ArrayLike = 0.2,
+  rms: float | jax.Array = 0.2,
   *,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
@@ -325,12 +326,12 @@ def scale_by_spectral_newton(
   alpha: Any = 'default',
   damping: Any = None,
   *,
-  momentum: jax.typing.ArrayLike = 0.95,
+  momentum: float | jax.Array = 0.95,
   nesterov: bool = True,
   mu_dtype: Any | None = None,
   normalize: str | None = 'rms',
   solver: str = 'auto',
-  update_rms: jax.typing.ArrayLike | None = 0.2,
+  update_rms: float | jax.Array | None = 0.2,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Momentum, spectral transfer and update size: Spectral Newton without the rest.

@@ -10,6 +10,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('MPLBACKEND', 'agg')
+# LAPACK's threads and XLA's get into each other's way, badly so on a busy machine.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # Explicit sharding needs more than one device; the suite runs on a laptop.
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=4')
 
