@@ -73,6 +73,15 @@ def test_scale_free(solver, normalize, scale):
   assert reference.relative_error(apply(np.float32(scale) * g), exact) <= FLOOR[solver]
 
 
+@pytest.mark.parametrize('scale', [1e-25, 1e-6, 1e6, 1e15])
+@pytest.mark.parametrize('solver', FLOOR)
+def test_without_normalization_at_any_scale(solver, scale):
+  g = np.float32(scale) * MATRICES['tall']
+  exact = reference.update(g, 2, 0.1, None)
+  update = spectral_optax.apply_transfer(g, alpha=2, normalize=None, solver=solver)
+  assert reference.relative_error(update, exact) <= FLOOR[solver]
+
+
 @pytest.mark.parametrize('normalize', ['rms', 'spectral', 'frobenius', None])
 @pytest.mark.parametrize('solver', FLOOR)
 @pytest.mark.parametrize('damping', [0.0, 0.1])

@@ -167,14 +167,22 @@ def solve_batch(
   # The solvers see zeros: not every LAPACK comes back from a NaN.
   matrix = jnp.where(finite, matrix, 0)
   unit, scale = _normalize(matrix, normalize)
-  # For normalize=None T acts on raw σ; the spectrum is still taken of the unit
-  # matrix, whose squares cannot overflow.
-  scaled, unit_gram = (matrix, _gram(matrix)) if normalize is None else (unit, _gram(unit))
-  update = SOLVERS[solver](scaled, unit_gram, alpha, damping)
+  if normalize is None:
+    # T acts on σ as it comes. Where its powers would overflow, T(cσ; α, d) is
+    # c^(1-α) T(σ; α, d c^-α).
+    large = jnp.maximum(scale[:, 0, 0], 1)
+    given = matrix / large[:, None, None]
+    gram_matrix = _gram(given)
+    update = SOLVERS[solver](given, gram_matrix, alpha, damping * large**-alpha)
+    update *= (large ** (1 - alpha))[:, None, None]
+  else:
+    given, gram_matrix = unit, _gram(unit)
+    update = SOLVERS[solver](given, gram_matrix, alpha, damping)
   update = jnp.where(finite, update, jnp.nan)
   if start is None:
     start = jnp.zeros(matrix.shape[::2], matrix.dtype)
-  spectrum = _spectrum(unit_gram if normalize is not None else _gram(unit), scale, start)
+  unit_gram = gram_matrix if given is unit else _gram(unit)
+  spectrum = _spectrum(unit_gram, scale, start)
   finite = finite[:, 0, 0]
   spectrum = Spectrum(
     jnp.where(finite, spectrum.participation_ratio, jnp.nan),
