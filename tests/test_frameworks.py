@@ -12,6 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import spectral_optax
+from tests.flax_versions import as_pure
 
 
 class NNXModel(nnx.Module):
@@ -59,7 +60,7 @@ def test_nnx_optimizer():
 
   losses = [float(step(model, optimizer)) for _ in range(60)]
   assert losses[-1] < 0.4 * losses[0]
-  state = nnx.as_pure(optimizer.opt_state)
+  state = as_pure(optimizer.opt_state)
   sigma = optax.tree.get(state, 'sigma_max')
   assert set(sigma) == NNX_MATRICES
   assert sigma['layers/kernel'].shape == (3,)

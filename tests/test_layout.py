@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 from optax.contrib import MuonDimensionNumbers
 
 from spectral_optax import layout
+from tests.flax_versions import as_pure
 
 DEPTH = 5
 
@@ -985,7 +986,7 @@ def test_masked_parameters_are_absent():
 
 def test_nnx_state_has_the_same_paths_with_and_without_variables():
   state = nnx_params(lambda rngs: GPT(True, rngs))
-  pure = nnx.as_pure(state)
+  pure = as_pure(state)
   assert jax.tree.structure(state) != jax.tree.structure(pure)
   assert list(layout.leaves_by_path(state)) == list(layout.leaves_by_path(pure))
   assert 'h/0/attn/c_attn/kernel' in layout.leaves_by_path(state)
@@ -1073,7 +1074,7 @@ def test_an_inferred_tree_is_an_override(params):
   numbers = layout.weight_dimension_numbers(params)
   assert layout.matrix_views(params, numbers) == layout.matrix_views(params)
   # Also when the parameters are as they are in an update, or are hidden in part.
-  assert layout.matrix_views(nnx.as_pure(params), numbers) == layout.matrix_views(params)
+  assert layout.matrix_views(as_pure(params), numbers) == layout.matrix_views(params)
   hidden = jax.tree.map(lambda p: p if len(p.shape) == 2 else optax.MaskedNode(), params)
   views = {p: v for p, v in layout.matrix_views(params).items() if len(v.shape) == 2}
   assert layout.matrix_views(hidden, numbers) == views

@@ -170,11 +170,11 @@ def solve_batch(
   if normalize is None:
     # T acts on σ as it comes. Where its powers would overflow, T(cσ; α, d) is
     # c^(1-α) T(σ; α, d c^-α).
-    large = jnp.maximum(scale[:, 0, 0], 1)
+    large, power = jnp.maximum(scale[:, 0, 0], 1), jnp.asarray(alpha, matrix.dtype)
     given = matrix / large[:, None, None]
     gram_matrix = _gram(given)
-    update = SOLVERS[solver](given, gram_matrix, alpha, damping * large**-alpha)
-    update *= (large ** (1 - alpha))[:, None, None]
+    update = SOLVERS[solver](given, gram_matrix, alpha, damping * large**-power)
+    update *= (large ** (1 - power))[:, None, None]
   else:
     given, gram_matrix = unit, _gram(unit)
     update = SOLVERS[solver](given, gram_matrix, alpha, damping)
