@@ -61,6 +61,7 @@ TUNED = {
   'fashion-mnist': {'spectral_newton': 0.02, 'adamw': 0.04, 'muon': 0.04},
   'digits': {'spectral_newton': 0.0025, 'adamw': 0.02, 'muon': 0.0025},
 }
+
 # Optax's default for AdamW. On the matrices alone, for all three.
 WEIGHT_DECAY = 1e-4
 
@@ -393,7 +394,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
       return {str(k): clean(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
       return [clean(v) for v in x]
-    return x if not isinstance(x, float) else round(x, 6) if math.isfinite(x) else None
+    return x if not isinstance(x, float) else float(f'{x:.6g}') if math.isfinite(x) else None
 
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(clean(content), indent=1) + '\n', encoding='utf-8')
@@ -430,7 +431,10 @@ def compare(
   updates = time_updates(
     {name: of[-1] for name, of in runs.items()}, data, args.batch_size, args.timing_rounds
   )
-  spread = lambda values: {'mean': float(np.mean(values)), 'std': float(np.std(values))}
+  spread = lambda values: {
+    'mean': float(np.mean(values)),
+    'std': float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+  }
   results = {
     name: {
       'learning_rate': rates[name],
