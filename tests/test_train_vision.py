@@ -49,7 +49,8 @@ SMALL = ['--data', 'digits', '--width', '4', '--epochs', '6', '--train-images', 
 def test_trains_and_leaves_a_table_a_picture_and_numbers(train_vision, tmp_path, capsys):
   output = tmp_path / 'new' / 'run.png'
   returned = train_vision.main(
-    f'--optimizers spectral_newton adamw --seeds 3 4 --learning-rates adamw=0.02 spectral_newton=0.02'
+    f'--optimizers spectral_newton adamw --seeds 3 4'
+    f' --learning-rates adamw=0.02 spectral_newton=0.02'
     f' --timing-rounds 3 --output {output}'.split()
     + SMALL
   )
