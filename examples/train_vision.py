@@ -628,19 +628,25 @@ def named_rate(text: str) -> tuple[str, float]:
 
 def make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    description='Spectral Newton, AdamW and Muon on a residual network.',
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    description='Spectral Newton, AdamW and Muon on a residual network.'
   )
   add = parser.add_argument
   names = list(OPTIMIZERS)
-  add('--optimizers', nargs='+', choices=names, default=names, metavar='NAME', help=str(names))
-  add('--data', default='auto', choices=('auto', *vision_data.NAMES), help='data set')
+  add(
+    '--optimizers', nargs='+', choices=names, default=names, metavar='NAME', help=', '.join(names)
+  )
+  add(
+    '--data',
+    default='auto',
+    choices=('auto', *vision_data.NAMES),
+    help='data set; auto: what is there',
+  )
   add('--data-dir', help='folder of the data set, where it needs one')
   add('--train-images', type=int, help='how many; default by data set')
   add('--epochs', type=int, help='default by data set')
   add('--batch-size', type=int, help='default by data set')
-  add('--width', type=int, default=16, help='channels of the first stage')
-  add('--depth', type=int, default=1, help='blocks in each of the three stages')
+  add('--width', type=int, default=16, help='channels of the first stage, %(default)s')
+  add('--depth', type=int, default=1, help='blocks in each of the three stages, %(default)s')
   add('--seeds', type=int, nargs='+', help='default by data set; others to tune')
   add(
     '--learning-rates',
@@ -650,14 +656,17 @@ def make_parser() -> argparse.ArgumentParser:
     metavar='NAME=LR',
     help='peak rates; those not named are the tuned ones',
   )
-  add('--weight-decay', type=float, default=WEIGHT_DECAY, help="the matrices'")
+  add('--weight-decay', type=float, default=WEIGHT_DECAY, help="the matrices', %(default)s")
   add('--alpha', type=alpha_value, default='default', help='number, "default" or "layer_type"')
   add('--damping', type=float, help='number; default: what goes with alpha')
-  add('--solver', default='auto', choices=('auto', 'svd', 'gram', 'cholesky'))
-  add('--update-rms', type=float, nargs='+', default=[0.2], help='several with --tune')
+  solvers = ('auto', 'svd', 'gram', 'cholesky')
+  add('--solver', default='auto', choices=solvers, help='cholesky: with --alpha 2 alone')
+  add('--update-rms', type=float, nargs='+', default=[0.2], help='0.2; several with --tune')
   add('--tune', action='store_true', help='tune the learning rates in place of comparing')
   add('--grid', type=float, nargs='+', help='learning rates for --tune; default by data set')
-  add('--timing-rounds', type=int, default=100, help='runs of each update that are timed')
+  add(
+    '--timing-rounds', type=int, default=100, help='runs of each update that are timed, %(default)s'
+  )
   add('--output', type=pathlib.Path, help='PNG or JSON; default runs/train_vision(_tuning)')
   add('--quiet', action='store_true', help='no progress bar')
   return parser

@@ -77,9 +77,9 @@ def _losses(axes: Axes, report: Mapping[str, Any], titles: Mapping[str, str]) ->
     curves = _smooth(np.array([run['train_losses'] for run in result['runs']], float))
     steps = np.arange(1, curves.shape[1] + 1)
     accuracy = result['test_accuracy']
-    label = f'{titles[name]}: {accuracy["mean"]:.1%}'
+    label = f'{titles[name]}: {100 * accuracy["mean"]:.2f}'
     if len(curves) > 1:
-      label = f'{titles[name]}: {accuracy["mean"]:.1%} ± {100 * accuracy["std"]:.1f}'
+      label += f' ± {100 * accuracy["std"]:.2f}'
       axes.fill_between(
         steps, curves.min(0), curves.max(0), color=COLOURS[name], alpha=0.18, linewidth=0
       )
@@ -92,7 +92,7 @@ def _losses(axes: Axes, report: Mapping[str, Any], titles: Mapping[str, str]) ->
   axes.set_ylabel('training loss, running mean')
   name = {'fashion-mnist': 'Fashion-MNIST', 'cifar-10': 'CIFAR-10'}.get(task['data'], task['data'])
   axes.set_title(f'{name}: {task["train_images"]:,} images, {task["epochs"]} epochs', fontsize=13)
-  axes.legend(title='test accuracy', alignment='left', loc='upper right')
+  axes.legend(title='test accuracy, %', alignment='left', loc='upper right')
 
 
 def _spectra(figure: SubFigure, spectra: Mapping[str, Any], layers: list[str]) -> None:

@@ -47,7 +47,7 @@ def spectral_newton(
     >>> params = optax.apply_updates(params, updates)
 
   Args:
-    learning_rate: A number, traced or not, or a schedule. AdamW's carry over.
+    learning_rate: A number, traced or not, or a schedule. Start with AdamW's.
     alpha: The curvature exponent α ≥ 0 (not a learning rate). One of
 
       - ``"default"``: 2 for convolutions, 1.5 for every other matrix;

@@ -291,7 +291,7 @@ def scale_to_rms(
   ``ΔW ← rms · √(m n) ΔW / ‖ΔW‖_F``, matrix by matrix: the size that
   ``optax.contrib.muon(consistent_rms=rms)`` gives an orthogonal update (Liu et al.,
   arXiv:2502.16982), for an update with any spectrum. AdamW's updates have about
-  0.2, so its learning rates carry over.
+  0.2, so its learning rates are where to start (measured: README).
 
   Args:
     rms: Of the entries of each matrix's update, in units of the learning rate. May
