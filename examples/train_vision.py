@@ -31,8 +31,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# LAPACK's threads and XLA's would fight for the same cores: up to 60 times slower updates
-# on a busy machine. Read when JAX is imported.
+# LAPACK's threads and XLA's would fight for the same cores, and updates be many times
+# slower on a busy machine. Read when JAX is imported.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 import jax

@@ -30,7 +30,7 @@ def _apply(matrix: jax.Array, gram: jax.Array, alpha: jax.Array, damping: jax.Ar
   gv = product(matrix, v)
   # (G V)ᵀ(G V) would be Σ². Its diagonal keeps the digits of σ_k that a small
   # eigenvalue has lost; what is off the diagonal is how far rounding has turned V,
-  # four times as far as GᵀG itself is rounded, and is put right to first order.
+  # further than the rounding of GᵀG itself would, and is put right to first order.
   squares = product(transpose(gv), gv)
   x = jnp.diagonal(squares, axis1=-2, axis2=-1)
   f = transfer_ratio(jnp.sqrt(x), alpha, damping)
