@@ -26,6 +26,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -387,7 +388,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Without NaN and infinity, which JSON does not have: null."""
+  """Without NaN and infinity, which JSON does not have: null. A list of numbers is one line."""
 
   def clean(x: Any) -> Any:
     if isinstance(x, dict):
@@ -396,8 +397,10 @@ def write_json(path: pathlib.Path, content: Any) -> None:
       return [clean(v) for v in x]
     return x if not isinstance(x, float) else float(f'{x:.6g}') if math.isfinite(x) else None
 
+  text = json.dumps(clean(content), indent=1)
+  text = re.sub(r'\[[^][{}]*\]', lambda flat: ' '.join(flat.group().split()), text)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(clean(content), indent=1) + '\n', encoding='utf-8')
+  path.write_text(text + '\n', encoding='utf-8')
 
 
 # ---------------------------------------------------------------------------------
@@ -678,6 +681,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   args = parser.parse_args(argv)
   if len(args.update_rms) > 1 and not args.tune:
     parser.error('several --update-rms only with --tune')
+  if args.solver == 'cholesky' and args.alpha != 2:
+    parser.error('--solver cholesky computes alpha = 2 alone: add --alpha 2')
   try:
     data = vision_data.load(args.data, args.data_dir)
   except (FileNotFoundError, ValueError) as error:

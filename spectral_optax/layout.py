@@ -537,7 +537,8 @@ def weight_dimension_numbers(params: Any) -> Any:
 
   What names and shapes cannot show, without a bias: where a DenseGeneral splits its
   axes (read: before the last), that a ConvTranspose stores its kernel transposed
-  (read: it does not), that layers are stacked when no norm nor bias is near them and
+  (read: it does not; with a bias it shows, unless it has as many inputs as outputs),
+  that layers are stacked when no norm nor bias is near them and
   no name says so (read: not stacked). With or without: the groups of a grouped or
   depthwise convolution (read: one matrix (H·W·I/groups) × O), and that a
   two-dimensional array of an unknown name is no matrix (read: it is one). Pass your

@@ -12,8 +12,11 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('MPLBACKEND', 'agg')
 # LAPACK's threads and XLA's get into each other's way, badly so on a busy machine.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-# Explicit sharding needs more than one device; the suite runs on a laptop.
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=4')
+# Explicit sharding needs more than one device; the suite runs on a laptop, and compiles
+# more than it computes: a quarter of the time is what LLVM's optimisations would cost.
+os.environ.setdefault(
+  'XLA_FLAGS', '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+)
 
 import jax
 import pytest

@@ -52,7 +52,7 @@ def avals(tree):
 def test_transfer_of_each_parameter():
   grads = mixed_params()
   tx = spectral_optax.scale_by_spectral_transfer(2.0, 0.1)
-  updates, _ = tx.update(grads, tx.init(grads))
+  updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
   conv = reference.update(grads['Conv_0']['kernel'].reshape(18, 6), 2, 0.1)
   np.testing.assert_allclose(updates['Conv_0']['kernel'].reshape(18, 6), conv, atol=1e-5)
   for update, grad in zip(updates['layers']['kernel'], grads['layers']['kernel'], strict=True):
@@ -67,7 +67,7 @@ def test_transfer_of_each_parameter():
 def test_defaults_by_layer_type():
   grads = mixed_params()
   tx = spectral_optax.scale_by_spectral_transfer()
-  updates, state = tx.update(grads, tx.init(grads))
+  updates, state = jax.jit(tx.update)(grads, tx.init(grads))
   conv = reference.update(grads['Conv_0']['kernel'].reshape(18, 6), 2, 0.1)
   dense = reference.update(grads['Dense_0']['kernel'], 1.5, 0.015)
   np.testing.assert_allclose(updates['Conv_0']['kernel'].reshape(18, 6), conv, atol=1e-5)
@@ -215,7 +215,7 @@ def test_updates_have_the_stated_size():
   for scale in (1e-12, 1.0, 1e12):
     tx = spectral_optax.spectral_newton(0.5, update_rms=0.3)
     scaled = jax.tree.map(lambda g: g * scale, grads)  # noqa: B023
-    updates, _ = tx.update(scaled, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(scaled, tx.init(params), params)
     for path in ('Conv_0', 'Dense_0', 'Dense_1', 'head'):
       rms = jnp.sqrt(jnp.mean(updates[path]['kernel'] ** 2))
       np.testing.assert_allclose(rms, 0.5 * 0.3, rtol=1e-5)
@@ -415,16 +415,16 @@ def test_state_is_stable_in_sharding(mode):
   }
   plain_grads = random_like(plain)
   tx = spectral_optax.spectral_newton(0.1)
-  expected, _ = tx.update(plain_grads, tx.init(plain), plain)
+  expected, _ = jax.jit(tx.update)(plain_grads, tx.init(plain), plain)
   with jax.set_mesh(mesh):
     place = lambda tree: jax.tree.map(
       lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s)), tree, specs
     )
     params, grads = place(plain), place(plain_grads)
     state = jax.jit(tx.init)(params)
-    updates, after = jax.jit(tx.update)(grads, state, params)
-    again, after = jax.jit(tx.update)(grads, after, params)
-    del again
+    update = jax.jit(tx.update)
+    updates, after = update(grads, state, params)
+    _, after = update(grads, after, params)
     if mode == 'explicit':
       types = lambda tree: jax.tree.map(jax.typeof, tree)
       assert types(after) == types(state)
@@ -560,7 +560,7 @@ def test_masked_parameters_are_left_alone():
     'Conv_0/kernel', 'Dense_0/kernel', 'Dense_1/kernel'}  # fmt: skip
   assert_trees_close(updates['layers'], grads['layers'], rtol=0, atol=0)
   whole = spectral_optax.spectral_newton(0.1, 1.3)
-  expected, _ = whole.update(grads, whole.init(params), params)
+  expected, _ = jax.jit(whole.update)(grads, whole.init(params), params)
   assert_trees_close(updates['Dense_0'], expected['Dense_0'])
 
 
@@ -571,13 +571,15 @@ def test_inject_hyperparams():
   )
   plain = spectral_optax.spectral_newton(0.1, 1.3, 0.2)
   state = jax.jit(injected.init)(params)
-  updates, state = jax.jit(injected.update)(grads, state, params)
+  update = jax.jit(injected.update)
+  updates, state = update(grads, state, params)
   expected, inner = jax.jit(plain.update)(grads, plain.init(params), params)
   assert_trees_close(updates, expected, rtol=1e-4, atol=1e-5)
   assert_trees_close(state.inner_state, inner, rtol=1e-4, atol=1e-5)
   # A new value is used without compiling again.
   state.hyperparams['damping'] = jnp.array(0.5)
-  _, state = jax.jit(injected.update)(grads, state, params)
+  _, state = update(grads, state, params)
+  assert update._cache_size() == 1
   np.testing.assert_allclose(
     optax.tree.get(state, 'damping', filtering=_is_dict)['head/kernel'], 0.5
   )
@@ -640,8 +642,8 @@ def test_learning_rate_schedule():
   params, grads = mixed_params(), random_like(mixed_params())
   with_schedule = spectral_optax.spectral_newton(optax.constant_schedule(0.1))
   with_number = spectral_optax.spectral_newton(0.1)
-  a, _ = with_schedule.update(grads, with_schedule.init(params), params)
-  b, _ = with_number.update(grads, with_number.init(params), params)
+  a, _ = jax.jit(with_schedule.update)(grads, with_schedule.init(params), params)
+  b, _ = jax.jit(with_number.update)(grads, with_number.init(params), params)
   assert_trees_close(a, b)
 
 

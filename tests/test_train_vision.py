@@ -147,6 +147,7 @@ def test_tuned_rates_are_those_of_the_committed_measurement(train_vision):
   [
     (['--learning-rates', 'sgd=0.1'], "'sgd' is none of"),
     (['--update-rms', '0.1', '0.2'], 'only with --tune'),
+    (['--solver', 'cholesky'], 'add --alpha 2'),
     (['--data', 'cifar-10'], 'cifar-10-python.tar.gz'),
     (['--data-dir', 'nowhere'], 'nowhere is not a folder'),
     (['--alpha', 'newton'], 'invalid alpha_value'),
