@@ -583,7 +583,7 @@ def test_inject_hyperparams():
   assert_trees_close(updates, expected, rtol=1e-4, atol=1e-5)
   assert_trees_close(state.inner_state, inner, rtol=1e-4, atol=1e-5)
   # A new value is used without compiling again.
-  state.hyperparams['damping'] = jnp.array(0.5)
+  state.hyperparams['damping'] = jnp.float32(0.5)
   _, state = update(grads, state, params)
   assert len(traces) == 1
   np.testing.assert_allclose(
