@@ -7,7 +7,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from spectral_optax import exponents, layout, transform
+from spectral_optax import exponents, layout, solvers, transform
 
 
 def spectral_newton(
@@ -20,6 +20,8 @@ def spectral_newton(
   mu_dtype: Any | None = None,
   normalize: str | None = 'rms',
   solver: str = 'auto',
+  tolerance: float = solvers.DEFAULT_TOLERANCE,
+  rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
   weight_decay: optax.ScalarOrSchedule = 0.0,
   weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
@@ -66,7 +68,11 @@ def spectral_newton(
       parameter's.
     normalize: What σ is divided by before T: ``"rms"``, ``"spectral"``,
       ``"frobenius"`` or None; see `apply_transfer`.
-    solver: ``"auto"``, ``"svd"``, ``"gram"`` or ``"cholesky"``; see `apply_transfer`.
+    solver: ``"auto"``, ``"svd"``, ``"gram"``, ``"cholesky"``, ``"rational"`` or
+      ``"low_rank"``; see `apply_transfer`.
+    tolerance: Relative error of T that "auto" and the approximate solvers may make; see
+      `apply_transfer`.
+    rank: How many leading directions ``"low_rank"`` takes; 16 by default.
     update_rms: Root mean square of each matrix's update in units of the learning
       rate; see `scale_to_rms`. None to leave the size that T gives.
     weight_decay: Decoupled weight decay of the matrices, times the learning rate.
@@ -110,6 +116,8 @@ def spectral_newton(
         mu_dtype=mu_dtype,
         normalize=normalize,
         solver=solver,
+        tolerance=tolerance,
+        rank=rank,
         update_rms=update_rms,
         weight_dimension_numbers=dimension_numbers,
       ),

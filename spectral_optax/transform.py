@@ -110,8 +110,11 @@ class SpectralTransferState(NamedTuple):
     participation_ratio: (Σσ²)² / Σσ⁴, between 1 and the rank.
     sigma_max: Largest singular value, in the units of the incoming update; by power
       iteration, two a step, from where the last one ended: approached from below.
-    sigma_max_vector: Its singular vector on the smaller side, with that side as an
-      additional last axis.
+    transfer_error: How far T may have been off, relative, rounding aside: 0 for the
+      exact solvers, the largest error of the fit for "rational", and for "low_rank" a
+      bound on the error of the whole update, ‖ΔW - exact‖_F / ‖ΔW‖_F.
+    basis: Leading singular vectors on the smaller side: that side and the number of
+      vectors (one, or the rank of "low_rank") as additional last axes.
   """
 
   count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -119,7 +122,8 @@ class SpectralTransferState(NamedTuple):
   damping: Any
   participation_ratio: Any
   sigma_max: Any
-  sigma_max_vector: Any
+  transfer_error: Any
+  basis: Any
 
 
 def _compute_dtype(dtype: Any) -> Any:
@@ -155,6 +159,8 @@ def scale_by_spectral_transfer(
   *,
   normalize: str | None = 'rms',
   solver: str = 'auto',
+  tolerance: float = solvers.DEFAULT_TOLERANCE,
+  rank: int | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
   """Replaces every matrix U Σ Vᵀ by U T(Σ) Vᵀ, T(σ) = σ / (σ^α + d).
@@ -167,6 +173,8 @@ def scale_by_spectral_transfer(
     damping: d ≥ 0; see `spectral_newton`.
     normalize: What σ is divided by first; see `apply_transfer`.
     solver: See `apply_transfer`.
+    tolerance: See `apply_transfer`.
+    rank: See `apply_transfer`.
     weight_dimension_numbers: See `spectral_newton`.
 
   Returns:
@@ -178,11 +186,15 @@ def scale_by_spectral_transfer(
       with the parameter's path and shape.
     TypeError: At `init`, for complex matrices.
   """
-  solvers.check_solver(solver, normalize)
+  solvers.check_solver(solver, normalize, tolerance)
   if not isinstance(alpha, str) and _is_number(alpha):
     solvers.check_hyperparams(solver, alpha, 0.0)
   if _is_number(damping):
     solvers.check_hyperparams('auto', 0.0, damping)
+
+  def vectors(small: int) -> int:
+    """How many leading singular vectors are carried along."""
+    return min(rank or solvers.DEFAULT_RANK, small) if solver == 'low_rank' else 1
 
   def plan(params):
     views = layout.matrix_views(params, weight_dimension_numbers)
@@ -206,7 +218,8 @@ def scale_by_spectral_transfer(
         columns[name][path] = _broadcast(value, view, dtype)
       columns['participation_ratio'][path] = jnp.zeros(view.batch_shape, dtype)
       columns['sigma_max'][path] = jnp.zeros(view.batch_shape, dtype)
-      columns['sigma_max_vector'][path] = jnp.zeros((*view.batch_shape, small), dtype)
+      columns['transfer_error'][path] = jnp.zeros(view.batch_shape, dtype)
+      columns['basis'][path] = jnp.zeros((*view.batch_shape, small, vectors(small)), dtype)
     return _state(jnp.zeros([], jnp.int32), columns, params)
 
   def update_fn(updates, state, params=None):
@@ -217,41 +230,53 @@ def scale_by_spectral_transfer(
     for path, view in views.items():
       rows, columns = sorted((view.rows, view.columns))
       dtype = _compute_dtype(leaves[path].dtype)
-      method = solvers.choose_solver(solver, values[path][0])
-      groups.setdefault((rows, columns, dtype, method), []).append(path)
+      # One fit for all where every α and d is known, weights by least squares elsewhere.
+      fixed = all(solvers.known(v) for v in values[path])
+      groups.setdefault((rows, columns, dtype, fixed), []).append(path)
 
     new = dict(leaves)
     columns = {name: {} for name in SpectralTransferState._fields[1:]}
-    for (small, _, dtype, method), paths in groups.items():
+    for (small, _, dtype, fixed), paths in groups.items():
+      xp = np if fixed else jnp
       used = {
-        path: [_broadcast(_at(v, state.count), views[path], dtype) for v in values[path]]
+        path: [
+          xp.broadcast_to(
+            np.asarray(v, np.float64) if fixed else jnp.asarray(_at(v, state.count), dtype),
+            views[path].batch_shape,
+          )
+          for v in values[path]
+        ]
         for path in paths
       }
-      matrices, starts = [], []
+      matrices, bases = [], []
       for path in paths:
         view = views[path]
         matrix = view.to_matrices(_replicated(leaves[path]).astype(dtype))
         # One orientation for the batch: tall.
         matrices.append(matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix)
-        starts.append(state.sigma_max_vector[path].reshape(-1, small))
+        bases.append(state.basis[path].reshape(-1, small, vectors(small)))
       solved, spectrum = solvers.solve_batch(
         jnp.concatenate(matrices),
-        jnp.concatenate([used[path][0].reshape(-1) for path in paths]),
-        jnp.concatenate([used[path][1].reshape(-1) for path in paths]),
+        xp.concatenate([used[path][0].reshape(-1) for path in paths]),
+        xp.concatenate([used[path][1].reshape(-1) for path in paths]),
         normalize=normalize,
-        solver=method,
-        start=jnp.concatenate(starts),
+        solver=solver,
+        tolerance=tolerance,
+        basis=jnp.concatenate(bases),
       )
       ends = np.cumsum([math.prod(views[path].batch_shape) for path in paths])[:-1].tolist()
       parts = zip(*(jnp.split(x, ends) for x in (solved, *spectrum)), strict=True)
-      for path, (matrix, ratio, sigma_max, vector) in zip(paths, parts, strict=True):
+      for path, (matrix, ratio, sigma_max, basis, error) in zip(paths, parts, strict=True):
         view, leaf = views[path], leaves[path]
         matrix = matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix
         new[path] = _sharded_like(view.from_matrices(matrix).astype(leaf.dtype), leaf)
-        columns['alpha'][path], columns['damping'][path] = used[path]
+        columns['alpha'][path], columns['damping'][path] = (
+          jnp.asarray(v, dtype) for v in used[path]
+        )
         columns['participation_ratio'][path] = ratio.reshape(view.batch_shape)
         columns['sigma_max'][path] = sigma_max.reshape(view.batch_shape)
-        columns['sigma_max_vector'][path] = vector.reshape((*view.batch_shape, small))
+        columns['transfer_error'][path] = error.reshape(view.batch_shape)
+        columns['basis'][path] = basis.reshape(state.basis[path].shape)
     updates = jax.tree.unflatten(jax.tree.structure(updates), list(new.values()))
     return updates, _state(optax.safe_increment(state.count), columns, updates)
 
@@ -331,6 +356,8 @@ def scale_by_spectral_newton(
   mu_dtype: Any | None = None,
   normalize: str | None = 'rms',
   solver: str = 'auto',
+  tolerance: float = solvers.DEFAULT_TOLERANCE,
+  rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -348,6 +375,8 @@ def scale_by_spectral_newton(
     mu_dtype: See `scale_by_momentum`.
     normalize: See `apply_transfer`.
     solver: See `apply_transfer`.
+    tolerance: See `apply_transfer`.
+    rank: See `apply_transfer`.
     update_rms: See `scale_to_rms`; None to leave the size that T gives.
     weight_dimension_numbers: See `spectral_newton`.
 
@@ -364,6 +393,8 @@ def scale_by_spectral_newton(
       damping,
       normalize=normalize,
       solver=solver,
+      tolerance=tolerance,
+      rank=rank,
       weight_dimension_numbers=weight_dimension_numbers,
     ),
   ]

@@ -9,7 +9,6 @@ and the left singular vectors are never needed.
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from spectral_optax.solvers._lapack import one_at_a_time
 from spectral_optax.solvers._perturbation import (
@@ -18,6 +17,7 @@ from spectral_optax.solvers._perturbation import (
   product,
   transpose,
 )
+from spectral_optax.solvers._problem import Problem, Solution
 from spectral_optax.transfer import transfer_ratio
 
 _eigenvectors = one_at_a_time(lambda gram: jnp.linalg.eigh(gram, symmetrize_input=False)[1])
@@ -47,8 +47,9 @@ def _apply_jvp(primals, tangents):
   return _apply(*primals), function_tangent(matrix, _eigenvectors(gram), alpha, damping, tangents)
 
 
-def solve(matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike) -> jax.Array:
+def solve(problem: Problem) -> Solution:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
-  batch = matrix.shape[:1]
-  alpha, damping = (jnp.broadcast_to(jnp.asarray(x, matrix.dtype), batch) for x in (alpha, damping))
-  return _apply(matrix, gram, alpha, damping)
+  matrix, gram = problem.matrix, problem.gram
+  assert gram is not None
+  alpha, damping = (jnp.asarray(x, matrix.dtype) for x in (problem.alpha, problem.damping))
+  return Solution(_apply(matrix, gram, alpha, damping))

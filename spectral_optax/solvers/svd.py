@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from spectral_optax.solvers._lapack import one_at_a_time
 from spectral_optax.solvers._perturbation import function_tangent, product
+from spectral_optax.solvers._problem import Problem, Solution
 from spectral_optax.transfer import transfer
 
 _svd = one_at_a_time(lambda matrix: jnp.linalg.svd(matrix, full_matrices=False))
@@ -25,9 +25,8 @@ def _apply_jvp(primals, tangents):
   return _apply(*primals), function_tangent(matrix, v, alpha, damping, tangents)
 
 
-def solve(matrix: jax.Array, gram: jax.Array, alpha: ArrayLike, damping: ArrayLike) -> jax.Array:
+def solve(problem: Problem) -> Solution:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
-  del gram  # Squaring would lose the small singular values.
-  batch = matrix.shape[:1]
-  alpha, damping = (jnp.broadcast_to(jnp.asarray(x, matrix.dtype), batch) for x in (alpha, damping))
-  return _apply(matrix, alpha, damping)
+  matrix = problem.matrix
+  alpha, damping = (jnp.asarray(x, matrix.dtype) for x in (problem.alpha, problem.damping))
+  return Solution(_apply(matrix, alpha, damping))

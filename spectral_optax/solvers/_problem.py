@@ -1,0 +1,60 @@
+"""What every solver takes and gives."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Problem(NamedTuple):
+  """A batch of matrices of one shape, and the map that each wants.
+
+  Attributes:
+    matrix: (batch, m, n) with m ≥ n, float32 or float64, finite, already normalised.
+    gram: (batch, n, n), its Gram matrix GᵀG; for methods that say so.
+    alpha: Curvature exponents, (batch,). A NumPy array if known while tracing.
+    damping: d, likewise.
+    largest: The largest σ² that the normalisation allows, known while tracing.
+    tolerance: Relative error of T that a method which approximates it may make.
+    basis: (batch, n, r): where an iteration for the leading right singular vectors
+      starts. Columns of zeros for none.
+  """
+
+  matrix: jax.Array
+  gram: jax.Array | None
+  alpha: np.ndarray | jax.Array
+  damping: np.ndarray | jax.Array
+  largest: float
+  tolerance: float
+  basis: jax.Array
+
+
+class Leading(NamedTuple):
+  """Leading singular values, in the units of `Problem.matrix`, and how the rest is spread.
+
+  Attributes:
+    sigma: (batch, r), estimates from below, largest first.
+    basis: (batch, n, r), unit columns.
+  """
+
+  sigma: jax.Array
+  basis: jax.Array
+
+
+class Solution(NamedTuple):
+  """A solver's answer.
+
+  Attributes:
+    update: (batch, m, n), U T(Σ) Vᵀ.
+    error: (batch,) or (), how far T may be off, relative, rounding aside.
+    leading: From methods that find leading singular vectors on their way.
+  """
+
+  update: jax.Array
+  error: jax.Array | float = 0.0
+  leading: Leading | None = None
+
+
+def known(value: object) -> bool:
+  """Whether numbers can be looked at while tracing: no JAX array."""
+  return isinstance(value, int | float | np.ndarray | np.generic)

@@ -1,0 +1,106 @@
+"""`solver="low_rank"`: the leading directions exactly, all others by one number.
+
+    U T(Σ) Vᵀ ≈ G (c I + V (f(C) - c I) Vᵀ),        C = Vᵀ GᵀG V,
+
+with V an orthonormal basis of r leading right singular vectors, found by subspace
+iteration from where the last step ended: a few products with r columns. The directions
+left out, whose σ² lies in [0, μ], get the middle c of what f is there, (f(0) + f(μ))/2;
+as μ → 0 that is G/d and a correction of rank r. It is a good map where the left out
+directions are below the turning point, and `error` says when it is not.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from spectral_optax.solvers._lapack import one_at_a_time
+from spectral_optax.solvers._perturbation import product, transpose
+from spectral_optax.solvers._problem import Leading, Problem, Solution
+from spectral_optax.transfer import transfer_ratio
+
+ITERATIONS = 2
+
+
+def _decompose(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+  values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+  return values[::-1], vectors[:, ::-1]
+
+
+_eigh = one_at_a_time(_decompose)
+
+
+def _orthonormal(columns: jax.Array) -> jax.Array:
+  """Twice Gram-Schmidt by eigenvectors of the Gram matrix; what has no direction is zero."""
+  for _ in range(2):
+    size = jnp.sqrt(jnp.sum(jnp.square(columns), axis=-2, keepdims=True))
+    columns = columns / jnp.where(size > 0, size, 1)
+    values, vectors = _eigh(product(transpose(columns), columns))
+    floor = 10 * jnp.finfo(columns.dtype).eps * values[:, :1]
+    there = values > floor
+    scale = jnp.where(there, jax.lax.rsqrt(jnp.where(there, values, 1)), 0)
+    columns = product(columns, vectors * scale[:, None, :])
+  return columns
+
+
+def ritz(problem: Problem, iterations: int = ITERATIONS) -> tuple[Leading, jax.Array, jax.Array]:
+  """Leading singular values and vectors V by subspace iteration, with GV and residuals.
+
+  Returns:
+    The `Leading`, GV of shape (batch, m, r), and the norms (batch, r) of
+    GᵀG v - σ² v, which say how far V is from invariant.
+  """
+  matrix, basis = problem.matrix, problem.basis
+  r = basis.shape[-1]
+  # The longest columns of what the basis leaves out let a new leader in.
+  left_out = matrix - product(product(matrix, basis), transpose(basis))
+  lengths = jnp.sum(jnp.square(left_out), axis=-2)
+  longest = jax.lax.top_k(lengths, r)[1]
+  rows = jnp.take_along_axis(left_out, longest[:, None, :], axis=-1)
+  probe = product(transpose(matrix), rows)
+  size = jnp.sqrt(jnp.sum(jnp.square(probe), axis=-2, keepdims=True))
+  v = basis + 0.1 * probe / jnp.where(size > 0, size, 1)
+  for _ in range(iterations):
+    v = _orthonormal(product(transpose(matrix), product(matrix, v)))
+  gv = product(matrix, v)
+  values, turn = _eigh(product(transpose(gv), gv))
+  v, gv = product(v, turn), product(gv, turn)
+  residual = product(transpose(matrix), gv) - v * values[:, None, :]
+  sigma = jnp.sqrt(jnp.maximum(values, 0))
+  return Leading(sigma, v), gv, jnp.sqrt(jnp.sum(jnp.square(residual), axis=-2))
+
+
+def solve(problem: Problem) -> Solution:
+  """See `spectral_optax.solvers` for the signature that all solvers share."""
+  matrix = problem.matrix
+  alpha, damping = (jnp.asarray(x, matrix.dtype)[:, None] for x in (problem.alpha, problem.damping))
+  leading, gv, residual = ritz(problem)
+  squares = jnp.square(leading.sigma)
+
+  def f(value: ArrayLike) -> jax.Array:
+    return transfer_ratio(jnp.sqrt(value), alpha, damping)
+
+  # What is left out: its energy, its columns, and how large its σ² can be once the
+  # basis has found the leaders.
+  energy = jnp.sum(jnp.square(matrix), axis=(-2, -1))[:, None]
+  rest = jnp.maximum(energy - jnp.sum(squares, axis=-1, keepdims=True), 0)
+  columns = jnp.sum(jnp.square(matrix), axis=-2) - jnp.einsum(
+    'bnr,br->bn', jnp.square(leading.basis), squares, precision='highest'
+  )
+  seen = jnp.max(columns, axis=-1, keepdims=True)
+  spread = jnp.sqrt(jnp.sum(jnp.square(residual), axis=-1, keepdims=True))
+  mu = jnp.minimum(jnp.maximum(squares[:, -1:] + spread, seen), rest)
+  at_zero, at_mu = f(jnp.zeros_like(mu)), f(mu)
+  middle = (at_zero + at_mu) / 2
+
+  correction = gv * (f(squares) - middle)[:, None, :]
+  update = middle[:, :, None] * matrix + product(correction, transpose(leading.basis))
+
+  # Left out directions are off by at most (f(0) - f(μ))/2 times their σ; the basis, by
+  # what its residuals turn, to first order: f is convex, so that its divided
+  # differences towards [0, μ] are at most (f(0) - f(σ²))/σ².
+  slope = (at_zero - f(squares)) / jnp.where(squares > 0, squares, 1)
+  turned = jnp.sum(jnp.square(residual * slope) * (squares + mu), axis=-1, keepdims=True)
+  off = (at_zero - at_mu) / 2 * jnp.sqrt(rest) + jnp.sqrt(turned)
+  size = jnp.sqrt(jnp.sum(jnp.square(update), axis=(-2, -1)))
+  error = jnp.where(size > 0, off[:, 0] / jnp.where(size > 0, size, 1), 0)
+  return Solution(update, error, leading)
