@@ -236,47 +236,51 @@ def scale_by_spectral_transfer(
 
     new = dict(leaves)
     columns = {name: {} for name in SpectralTransferState._fields[1:]}
+    batches: dict[Any, list[solvers.Batch]] = {}
+    members: dict[Any, list[list[str]]] = {}
     for (small, _, dtype, fixed), paths in groups.items():
       xp = np if fixed else jnp
-      used = {
-        path: [
-          xp.broadcast_to(
-            np.asarray(v, np.float64) if fixed else jnp.asarray(_at(v, state.count), dtype),
-            views[path].batch_shape,
-          )
-          for v in values[path]
-        ]
-        for path in paths
-      }
-      matrices, bases = [], []
+      matrices, alphas, dampings, bases = [], [], [], []
       for path in paths:
         view = views[path]
         matrix = view.to_matrices(_replicated(leaves[path]).astype(dtype))
         # One orientation for the batch: tall.
         matrices.append(matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix)
+        for name, value, parts in zip(
+          ('alpha', 'damping'), values[path], (alphas, dampings), strict=True
+        ):
+          value = np.asarray(value, np.float64) if fixed else _at(value, state.count)
+          columns[name][path] = _broadcast(value, view, dtype)
+          parts.append(
+            xp.broadcast_to(value, view.batch_shape).reshape(-1)
+            if fixed
+            else columns[name][path].reshape(-1)
+          )
         bases.append(state.basis[path].reshape(-1, small, vectors(small)))
-      solved, spectrum = solvers.solve_batch(
-        jnp.concatenate(matrices),
-        xp.concatenate([used[path][0].reshape(-1) for path in paths]),
-        xp.concatenate([used[path][1].reshape(-1) for path in paths]),
-        normalize=normalize,
-        solver=solver,
-        tolerance=tolerance,
-        basis=jnp.concatenate(bases),
-      )
-      ends = np.cumsum([math.prod(views[path].batch_shape) for path in paths])[:-1].tolist()
-      parts = zip(*(jnp.split(x, ends) for x in (solved, *spectrum)), strict=True)
-      for path, (matrix, ratio, sigma_max, basis, error) in zip(paths, parts, strict=True):
-        view, leaf = views[path], leaves[path]
-        matrix = matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix
-        new[path] = _sharded_like(view.from_matrices(matrix).astype(leaf.dtype), leaf)
-        columns['alpha'][path], columns['damping'][path] = (
-          jnp.asarray(v, dtype) for v in used[path]
+      batches.setdefault(dtype, []).append(
+        solvers.Batch(
+          jnp.concatenate(matrices),
+          xp.concatenate(alphas),
+          xp.concatenate(dampings),
+          jnp.concatenate(bases),
         )
-        columns['participation_ratio'][path] = ratio.reshape(view.batch_shape)
-        columns['sigma_max'][path] = sigma_max.reshape(view.batch_shape)
-        columns['transfer_error'][path] = error.reshape(view.batch_shape)
-        columns['basis'][path] = basis.reshape(state.basis[path].shape)
+      )
+      members.setdefault(dtype, []).append(paths)
+    for dtype, of_dtype in batches.items():
+      solved = solvers.solve_batches(
+        of_dtype, normalize=normalize, solver=solver, tolerance=tolerance
+      )
+      for paths, (matrices, spectrum) in zip(members[dtype], solved, strict=True):
+        start = 0
+        for path in paths:
+          view, leaf = views[path], leaves[path]
+          end = start + math.prod(view.batch_shape)
+          matrix = matrices[start:end]
+          matrix = matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix
+          new[path] = _sharded_like(view.from_matrices(matrix).astype(leaf.dtype), leaf)
+          for name, value in spectrum._asdict().items():
+            columns[name][path] = value[start:end].reshape(view.batch_shape + value.shape[1:])
+          start = end
     updates = jax.tree.unflatten(jax.tree.structure(updates), list(new.values()))
     return updates, _state(optax.safe_increment(state.count), columns, updates)
 

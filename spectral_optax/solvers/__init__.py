@@ -3,15 +3,15 @@
     solve(problem) -> solution            (`_problem`)
 
 A problem is a batch of normalised matrices of one shape with an α and a d for each; a
-solution is their updates, and how far T may be off. Callers of `solve_batch` and
-`apply_transfer` need not care: orientation, dtype, normalisation and bad numbers are
-dealt with here, once for all methods. A new solver is a new file and a line in
-`SOLVERS`.
+solution is their updates, and how far T may be off. Methods that look at nothing but the
+Gram matrix give f(GᵀG) instead, so that matrices of one smaller side are one batch
+however long they are. Callers of `solve_batches` and `apply_transfer` need not care:
+orientation, dtype, normalisation and bad numbers are dealt with here, once for all
+methods. A new solver is a new file and a line in `SOLVERS`.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,18 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from spectral_optax.solvers import cholesky, gram, low_rank, rational, svd
-from spectral_optax.solvers._lapack import one_at_a_time
-from spectral_optax.solvers._problem import Leading, Problem, Solution, known
+from spectral_optax.solvers._inverse import symmetric_product
+from spectral_optax.solvers._problem import Problem, Solution, known
+from spectral_optax.solvers._spectrum import (
+  SPECTRAL_SLACK,
+  Spectrum,
+  converge,
+  follow,
+  multiply_gram,
+  multiply_twice,
+  participation_ratio,
+  participation_ratio_of_leading,
+)
 
 
 class Method(NamedTuple):
@@ -30,22 +40,23 @@ class Method(NamedTuple):
 
   Attributes:
     solve: From a `Problem` to a `Solution`.
+    of_gram: Whether the answer is f(GᵀG), from `Problem.gram` alone, in place of the
+      update G f(GᵀG).
     needs_gram: Whether it looks at `Problem.gram`.
     largest_alpha: Above it the method has no answer.
-    bounded: Whether it needs σ² to stay below `Problem.largest`.
   """
 
   solve: Callable[[Problem], Solution]
+  of_gram: bool = False
   needs_gram: bool = True
   largest_alpha: float = math.inf
-  bounded: bool = False
 
 
 SOLVERS = {
   'svd': Method(svd.solve, needs_gram=False),
   'gram': Method(gram.solve),
   'cholesky': Method(cholesky.solve, largest_alpha=2.0),
-  'rational': Method(rational.solve, largest_alpha=2.0, bounded=True),
+  'rational': Method(rational.solve, of_gram=True, largest_alpha=2.0),
   'low_rank': Method(low_rank.solve, needs_gram=False),
 }
 NORMALIZATIONS = ('rms', 'spectral', 'frobenius', None)
@@ -64,26 +75,34 @@ def choose_solver(
   solver: str,
   alpha: Any,
   damping: Any,
-  shape: tuple[int, int, int],
+  small: int,
   *,
   normalize: str | None = 'rms',
   tolerance: float = DEFAULT_TOLERANCE,
-  backend: str = 'cpu',
 ) -> str:
   """The method that runs: `solver`, or for "auto" the cheapest that is good enough.
+
+  That is "rational" wherever its poles can meet the tolerance: 0.15 to 0.55 of a Muon
+  step on a CPU (README), and free of decompositions elsewhere. Left for "gram" are α
+  above 2, tolerances that need more poles than pay, and a d so small that T has not
+  turned at what float32 can see.
 
   Args:
     solver: "auto" or a key of `SOLVERS`, which comes back as it is.
     alpha: Curvature exponents; JAX arrays count as traced, between 0 and 2.
     damping: d, likewise.
-    shape: (batch, m, n), m ≥ n.
+    small: The smaller side of the matrices.
     normalize: See `apply_transfer`.
     tolerance: See `apply_transfer`.
-    backend: "cpu", "tpu", or "cuda" or "rocm".
   """
   if solver != 'auto':
     return solver
-  return 'cholesky' if _is_exactly_two(alpha) else 'rational'
+  if known(alpha) and np.any(np.asarray(alpha) > SOLVERS['rational'].largest_alpha):
+    return 'gram'
+  if not known(alpha) or not known(damping):
+    return 'rational' if tolerance >= rational.SMALLEST_TRACED_TOLERANCE else 'gram'
+  error = rational.static_error(alpha, damping, largest_square(normalize, small), tolerance)
+  return 'rational' if error <= tolerance else 'gram'
 
 
 def check_solver(solver: str, normalize: str | None, tolerance: Any = DEFAULT_TOLERANCE) -> None:
@@ -125,51 +144,6 @@ def check_hyperparams(solver: str, alpha: Any, damping: Any, where: str = '') ->
       )
 
 
-class Spectrum(NamedTuple):
-  """What is known of the spectra of a batch of matrices, without decomposing them.
-
-  Attributes:
-    participation_ratio: (batch,), (Σσ²)² / Σσ⁴ = ‖G‖⁴_F / ‖GᵀG‖²_F, between 1 and
-      the rank: how many directions carry the energy. With "low_rank", which does not
-      see the whole spectrum, as if what it left out were flat.
-    sigma_max: (batch,), an estimate of the largest singular value, in the units of G;
-      approached from below.
-    basis: (batch, n, r), leading right singular vectors, where the next step starts.
-    transfer_error: (batch,), how far T may be off, relative, rounding aside.
-  """
-
-  participation_ratio: jax.Array
-  sigma_max: jax.Array
-  basis: jax.Array
-  transfer_error: jax.Array
-
-
-def _gram(matrix: jax.Array) -> jax.Array:
-  return jnp.einsum('bij,bik->bjk', matrix, matrix, precision='highest')
-
-
-def _normalize(
-  matrix: jax.Array, normalize: str | None, basis: jax.Array
-) -> tuple[jax.Array, jax.Array, Leading | None]:
-  """(Ĝ, c, leading) with G = c Ĝ and Ĝ of unit size; c (batch, 1, 1), one for zero."""
-  # In two steps: squares of entries of size 1e±30 would leave float32.
-  largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-  largest = jnp.where(largest > 0, largest, 1)
-  matrix = matrix / largest
-  leading = None
-  if normalize == 'spectral':
-    leading = _leading(matrix, basis)
-    size = leading.sigma[:, :1, None]
-  else:
-    size = jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1), keepdims=True))
-    if normalize != 'frobenius':
-      size /= math.sqrt(min(matrix.shape[-2:]))
-  size = jnp.where(size > 0, size, 1)
-  if leading is not None:
-    leading = leading._replace(sigma=leading.sigma / size[:, :, 0])
-  return matrix / size, largest * size, leading
-
-
 def largest_square(normalize: str | None, small: int) -> float:
   """The largest σ² that a normalised matrix can have, `small` its smaller side."""
   if normalize == 'frobenius':
@@ -179,182 +153,240 @@ def largest_square(normalize: str | None, small: int) -> float:
   return float(small)  # All of ‖G‖² = small · RMS² in one direction.
 
 
-# By how much σ may exceed 1 under `normalize="spectral"`, whose σ_max is an estimate.
-SPECTRAL_SLACK = 0.1
-_COLD_STEPS, _WARM_STEPS = 24, 4
+class Batch(NamedTuple):
+  """Matrices of one shape, and what to make of them.
 
-
-def _leading(matrix: jax.Array, basis: jax.Array) -> Leading:
-  """σ_max and its vector by power iteration, from `basis` and the longest column.
-
-  v ← GᵀG v / |…| as many times as it takes: a good start needs few, a cold one many,
-  and both end when σ no longer moves by a thousandth.
+  Attributes:
+    matrix: (batch, m, n), m ≥ n, float32 or float64.
+    alpha: (batch,), NumPy if known while tracing.
+    damping: (batch,), likewise.
+    basis: (batch, n, r), where the iteration for leading singular vectors starts.
+      Zeros for a cold start.
   """
-  unit, _ = _unit(basis[:, :, 0])
 
-  def multiply(v):
-    gv = jnp.einsum('bmn,bn->bm', matrix, v, precision='highest')
-    sigma = jnp.sqrt(jnp.sum(jnp.square(gv), axis=-1))
-    return jnp.einsum('bmn,bm->bn', matrix, gv, precision='highest'), sigma
-
-  # The longest column is never orthogonal to all leading directions: it starts the
-  # first step, and lets a new leader in when the old one has been overtaken.
-  lengths = jnp.sum(jnp.square(matrix), axis=-2)
-  longest = jnp.argmax(lengths, axis=-1)
-  column = jnp.take_along_axis(matrix, longest[:, None, None], axis=-1)[:, :, 0]
-  column, _ = _unit(jnp.einsum('bmn,bm->bn', matrix, column, precision='highest'))
-  start, _ = _unit(unit + 0.1 * column)
-
-  def more(carry):
-    count, _, before, sigma = carry
-    moving = jnp.any(jnp.abs(sigma - before) > 1e-3 * sigma)
-    return (count < _WARM_STEPS) | (moving & (count < _COLD_STEPS))
-
-  def step(carry):
-    count, v, _, before = carry
-    v, sigma = multiply(v)
-    return count + 1, _unit(v)[0], before, sigma
-
-  zeros = jnp.zeros(matrix.shape[:1], matrix.dtype)
-  _, v, _, _ = jax.lax.while_loop(more, step, (0, start, zeros, zeros))
-  v = jax.lax.stop_gradient(v)  # σ_max is stationary in it.
-  return Leading(multiply(v)[1][:, None], v[:, :, None])
+  matrix: jax.Array
+  alpha: np.ndarray | jax.Array
+  damping: np.ndarray | jax.Array
+  basis: jax.Array
 
 
-def _unit(v: jax.Array) -> tuple[jax.Array, jax.Array]:
-  norm = jnp.sqrt(jnp.sum(jnp.square(v), axis=-1, keepdims=True))
-  return jnp.where(norm > 0, v / jnp.where(norm > 0, norm, 1), 0), norm
+def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(G / c, c, finite) with entries up to 1; c (batch,), one for a zero matrix.
+
+  Squares of entries of size 1e±30 would leave float32. A matrix that is not finite is
+  zero from here on: not every LAPACK comes back from a NaN.
+  """
+  largest = jnp.max(jnp.abs(matrix), axis=(-2, -1))  # NaN, if one is there.
+  finite = jnp.isfinite(largest)
+  c = jnp.where(finite & (largest > 0), largest, 1)
+  scaled = jnp.where(finite[:, None, None], matrix, 0) / c[:, None, None]
+  return scaled, c, finite
 
 
-def _from_gram(gram_matrix: jax.Array, basis: jax.Array) -> Leading:
-  """As `_leading`, two steps from GᵀG: for a value to log, which may lag behind."""
-  apply = lambda v: jnp.einsum('bij,bj->bi', gram_matrix, v, precision='highest')
-  column = jnp.argmax(jnp.diagonal(gram_matrix, axis1=-2, axis2=-1), axis=-1)
-  column = jnp.take_along_axis(gram_matrix, column[:, None, None], axis=-2)[:, 0]
-  v = basis[:, :, 0] + 0.1 * _unit(column)[0]
-  for _ in range(2):
-    v, _ = _unit(apply(v))
-  rayleigh = jnp.maximum(jnp.sum(v * apply(v), axis=-1, keepdims=True), 0)
-  return Leading(jnp.sqrt(rayleigh), v[:, :, None])
+def _size(energy: jax.Array, normalize: str | None, small: int) -> jax.Array:
+  """What σ is divided by, from Σσ²; (batch,), one for a zero matrix."""
+  size = jnp.sqrt(energy if normalize == 'frobenius' else energy / small)
+  return jnp.where(size > 0, size, 1)
 
 
-def _participation_ratio(matrix, gram_matrix: jax.Array | None, leading: Leading) -> jax.Array:
-  if gram_matrix is not None:
-    energy = jnp.trace(gram_matrix, axis1=-2, axis2=-1)
-    squares = jnp.sum(jnp.square(gram_matrix), axis=(-2, -1))
+def _unscale(alpha, damping, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """D and a factor so that T(cσ; α, d) = factor · T(σ; α, d'): for `normalize=None`."""
+  alpha = jnp.asarray(alpha, c.dtype)
+  return damping * c**-alpha, c ** (1 - alpha)
+
+
+def _spectrum(finite, ratio, sigma_max, error, basis) -> Spectrum:
+  ratio, sigma_max, error = (
+    jnp.where(finite, x, jnp.nan) for x in (ratio, sigma_max, jnp.broadcast_to(error, ratio.shape))
+  )
+  return Spectrum(ratio, sigma_max, error, basis)
+
+
+def _solve_matrices(
+  batch: Batch, method: Method, normalize: str | None, tolerance: float
+) -> tuple[jax.Array, Spectrum]:
+  """For methods that look at the matrix itself."""
+  matrix, c, finite = _scaled(batch.matrix)
+  n = matrix.shape[-1]
+  leading = None
+  if normalize == 'spectral':
+    leading = converge(multiply_twice(matrix), batch.basis)
+    size = jnp.where(leading.sigma[:, 0] > 0, leading.sigma[:, 0], 1)
+    leading = leading._replace(sigma=leading.sigma / size[:, None])
   else:
-    lead = jnp.square(leading.sigma)
-    energy = jnp.sum(jnp.square(matrix), axis=(-2, -1))
-    rest = jnp.maximum(energy - jnp.sum(lead, axis=-1), 0)
-    left_out = max(matrix.shape[-1] - lead.shape[-1], 1)
-    squares = jnp.sum(jnp.square(lead), axis=-1) + jnp.square(rest) / left_out
-  return jnp.where(squares > 0, jnp.square(energy) / jnp.where(squares > 0, squares, 1), 0)
+    size = _size(jnp.sum(jnp.square(matrix), axis=(-2, -1)), normalize, n)
+  unit, c = matrix / size[:, None, None], c * size
+  alpha, damping, factor, given = batch.alpha, batch.damping, None, unit
+  if normalize is None:
+    # T acts on σ as it comes, but where its powers would overflow.
+    large = jnp.maximum(c, 1)
+    given = unit * (c / large)[:, None, None]
+    damping, factor = _unscale(alpha, damping, large)
+  problem = Problem(
+    matrix=given,
+    gram=symmetric_product(given, given) if method.needs_gram else None,
+    alpha=alpha,
+    damping=damping,
+    largest=np.full(len(alpha), largest_square(normalize, n)),
+    tolerance=tolerance,
+    basis=batch.basis,
+  )
+  update, error, found = method.solve(problem)
+  if factor is not None:
+    update *= factor[:, None, None]
+    if found is not None:
+      found = found._replace(sigma=found.sigma * (jnp.maximum(c, 1) / c)[:, None])
+  if found is not None:
+    ratio = participation_ratio_of_leading(unit, found)
+  else:
+    unit_gram = problem.gram if given is unit else None
+    unit_gram = symmetric_product(unit, unit) if unit_gram is None else unit_gram
+    found = follow(multiply_gram(unit_gram), batch.basis)
+    ratio = participation_ratio(unit_gram)
+  found = leading or found
+  basis = found.basis[:, :, : batch.basis.shape[-1]]
+  basis = jnp.pad(basis, ((0, 0), (0, 0), (0, batch.basis.shape[-1] - basis.shape[-1])))
+  update = jnp.where(finite[:, None, None], update, jnp.nan)
+  return update, _spectrum(finite, ratio, c * found.sigma[:, 0], error, basis)
 
 
-def _solve(name: str, problem: Problem) -> Solution:
-  """One method's answer; "low_rank" steps aside where its own bound says so."""
-  return SOLVERS[name].solve(problem)
+def _solve_grams(
+  batches: Sequence[Batch], method: Method, normalize: str | None, tolerance: float
+) -> list[tuple[jax.Array, Spectrum]]:
+  """For methods that look at GᵀG alone: matrices of one smaller side, or nearly, at once.
+
+  A smaller Gram matrix is padded with zeros; what f makes of those is cut off again.
+  """
+  n = max(batch.matrix.shape[-1] for batch in batches)
+  scaled, scales, finites, grams, sides = [], [], [], [], []
+  for batch in batches:
+    matrix, c, finite = _scaled(batch.matrix)
+    side = matrix.shape[-1]
+    scaled.append(matrix)
+    scales.append(c)
+    finites.append(finite)
+    pad = (0, n - side)
+    grams.append(jnp.pad(symmetric_product(matrix, matrix), ((0, 0), pad, pad)))
+    sides.append(np.full(len(matrix), side))
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))
+  basis = jnp.concatenate([pad(batch.basis) for batch in batches])
+  gram_matrix, side = jnp.concatenate(grams), np.concatenate(sides)
+  c, finite = jnp.concatenate(scales), jnp.concatenate(finites)
+  join = lambda parts: (np if all(map(known, parts)) else jnp).concatenate(parts)
+  alpha, damping = (join([b[i] for b in batches]) for i in (1, 2))
+
+  leading = None
+  if normalize == 'spectral':
+    leading = converge(multiply_gram(gram_matrix), basis)
+    size = jnp.where(leading.sigma[:, 0] > 0, leading.sigma[:, 0], 1)
+  else:
+    energy = jnp.trace(gram_matrix, axis1=-2, axis2=-1)
+    size = _size(energy, normalize, jnp.asarray(side, energy.dtype))
+  unit_gram = gram_matrix / jnp.square(size)[:, None, None]
+  c = c * size
+  factor = 1 / size
+  if normalize is None:
+    damping, power = _unscale(alpha, damping, c)
+    factor *= power
+  problem = Problem(
+    matrix=None,
+    gram=unit_gram,
+    alpha=alpha,
+    damping=damping,
+    largest=np.array([largest_square(normalize, int(s)) for s in side]),
+    tolerance=tolerance,
+    basis=basis,
+  )
+  f, error, _ = method.solve(problem)
+  f *= jnp.where(finite, factor, jnp.nan)[:, None, None]
+  ratio = participation_ratio(unit_gram)
+  if leading is None:
+    leading = follow(multiply_gram(unit_gram), basis)
+    sigma_max = c * leading.sigma[:, 0]
+  else:
+    sigma_max = c
+  sigma_max = jnp.where(ratio > 0, sigma_max, 0)
+  whole = _spectrum(finite, ratio, sigma_max, error, leading.basis)
+  results, start = [], 0
+  for matrix in scaled:
+    end, side = start + len(matrix), matrix.shape[-1]
+    update = jnp.matmul(matrix, f[start:end, :side, :side], precision='highest')
+    spectrum = Spectrum(*(x[start:end] for x in whole))
+    results.append((update, spectrum._replace(basis=spectrum.basis[:, :side])))
+    start = end
+  return results
 
 
-def solve_batch(
-  matrix: jax.Array,
-  alpha: ArrayLike,
-  damping: ArrayLike,
+def _joined(sides: Mapping[int, int]) -> dict[int, int]:
+  """For each side, with how many matrices there are of it, the side it is padded to.
+
+  A batch of another size takes a while to compile, so that the next size is shared where
+  that adds less than `PADDING` of the work that there is, count · n³ in all.
+  """
+  total = sum(count * side**3 for side, count in sides.items())
+  to: dict[int, int] = {}
+  ordered = sorted(sides)
+  waiting: list[int] = []
+  for i, side in enumerate(ordered):
+    waiting.append(side)
+    count = sum(sides[s] for s in waiting)
+    follows = ordered[i + 1] if i + 1 < len(ordered) else None
+    if follows is None or count * follows**3 > PADDING * total:
+      to.update(dict.fromkeys(waiting, side))
+      waiting = []
+  return to
+
+
+PADDING = 0.03
+
+
+def solve_batches(
+  batches: Sequence[Batch],
   *,
   normalize: str | None,
   solver: str,
   tolerance: float = DEFAULT_TOLERANCE,
-  basis: jax.Array | None = None,
-) -> tuple[jax.Array, Spectrum]:
-  """U T(Σ) Vᵀ and the spectra of a batch of matrices of one shape.
+) -> list[tuple[jax.Array, Spectrum]]:
+  """U T(Σ) Vᵀ and the spectra of batches of matrices, each batch of one shape.
 
   Args:
-    matrix: (batch, m, n), float32 or float64.
-    alpha: Curvature exponent, a number or (batch,); NumPy if known while tracing.
-    damping: d, a number or (batch,); likewise.
+    batches: All of one dtype.
     normalize: See `apply_transfer`.
     solver: "auto" or a key of `SOLVERS`.
     tolerance: See `apply_transfer`.
-    basis: (batch, min(m, n), r), where the iteration for leading singular vectors
-      starts; None, or zeros, for a cold start with r = 1.
 
   Returns:
-    The update (batch, m, n) and a `Spectrum`. A matrix with a NaN or an infinity
-    in it gives an update, and a spectrum, of NaN, and a zero basis.
+    For each batch the update (batch, m, n) and a `Spectrum`. A matrix with a NaN or an
+    infinity in it gives an update, and a spectrum, of NaN, and a zero basis.
   """
-  batch = matrix.shape[:1]
-  wide = matrix.shape[-2] < matrix.shape[-1]
-  if wide:
-    matrix = matrix.swapaxes(-1, -2)
-  dtype = matrix.dtype
-  if basis is None:
-    basis = jnp.zeros((*batch, matrix.shape[-1], 1), dtype)
-  alpha, damping = (
-    np.broadcast_to(np.asarray(x, np.float64), batch)
-    if known(x)
-    else jnp.broadcast_to(jnp.asarray(x, dtype), batch)
-    for x in (alpha, damping)
-  )
-  finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
-  # The solvers see zeros: not every LAPACK comes back from a NaN.
-  matrix = jnp.where(finite, matrix, 0)
-  unit, scale, leading = _normalize(matrix, normalize, basis)
-
-  def solve(name: str) -> tuple[jax.Array, jax.Array, jax.Array, Leading]:
-    method, given, d, factor = SOLVERS[name], unit, damping, None
-    if normalize is None:
-      # T acts on σ as it comes. T(cσ; α, d) is c^(1-α) T(σ; α, d c^-α): with c where
-      # powers would overflow, or where a method wants σ² in an interval.
-      c = scale[:, 0, 0] if method.bounded else jnp.maximum(scale[:, 0, 0], 1)
-      given = unit if method.bounded else matrix / c[:, None, None]
-      d, factor = damping * c ** -jnp.asarray(alpha, dtype), c ** (1 - jnp.asarray(alpha, dtype))
-    unit_gram = _gram(unit) if method.needs_gram or name == 'svd' else None
-    problem = Problem(
-      matrix=given,
-      gram=unit_gram if given is unit or unit_gram is None else _gram(given),
-      alpha=alpha,
-      damping=d,
-      largest=largest_square(normalize, matrix.shape[-1]),
+  results: list[tuple[jax.Array, Spectrum] | None] = [None] * len(batches)
+  of_gram: dict[tuple[str, bool], list[int]] = {}
+  for i, batch in enumerate(batches):
+    name = choose_solver(
+      solver,
+      batch.alpha,
+      batch.damping,
+      batch.matrix.shape[-1],
+      normalize=normalize,
       tolerance=tolerance,
-      basis=basis,
     )
-    update, error, found = method.solve(problem)
-    if factor is not None:
-      update *= factor[:, None, None]
-    known_leading = leading or found
-    if known_leading is None:
-      assert unit_gram is not None
-      known_leading = _from_gram(unit_gram, basis)
-    elif given is not unit:
-      known_leading = known_leading._replace(sigma=known_leading.sigma)
-    ratio = _participation_ratio(unit, unit_gram, known_leading)
-    return update, jnp.broadcast_to(jnp.asarray(error, dtype), batch), ratio, known_leading
-
-  shape = (*batch, *matrix.shape[-2:])
-  choose = functools.partial(
-    choose_solver, solver, alpha, damping, shape, normalize=normalize, tolerance=tolerance
-  )
-  names = {platform: choose(backend=platform) for platform in ('cpu', 'cuda', 'rocm', 'tpu')}
-  if len(set(names.values())) == 1:
-    update, error, ratio, leading = solve(names['cpu'])
-  else:
-    update, error, ratio, leading = jax.lax.platform_dependent(
-      **{platform: functools.partial(solve, name) for platform, name in names.items()}
-    )
-  update = jnp.where(finite, update, jnp.nan)
-  finite = finite[:, 0, 0]
-  nan_unless_finite = lambda x: jnp.where(finite, x, jnp.nan)
-  found = leading.basis[:, :, : basis.shape[-1]]
-  missing = basis.shape[-1] - found.shape[-1]
-  if missing:
-    found = jnp.pad(found, ((0, 0), (0, 0), (0, missing)))
-  spectrum = Spectrum(
-    nan_unless_finite(ratio),
-    nan_unless_finite(scale[:, 0, 0] * leading.sigma[:, 0]),
-    found,
-    nan_unless_finite(error),
-  )
-  return update.swapaxes(-1, -2) if wide else update, spectrum
+    if SOLVERS[name].of_gram:
+      fixed = known(batch.alpha) and known(batch.damping)
+      of_gram.setdefault((name, fixed), []).append(i)
+    else:
+      results[i] = _solve_matrices(batch, SOLVERS[name], normalize, tolerance)
+  for (name, _), places in of_gram.items():
+    counts: dict[int, int] = {}
+    for i in places:
+      side = batches[i].matrix.shape[-1]
+      counts[side] = counts.get(side, 0) + len(batches[i].matrix)
+    to = _joined(counts)
+    for size in sorted(set(to.values())):
+      here = [i for i in places if to[batches[i].matrix.shape[-1]] == size]
+      solved = _solve_grams([batches[i] for i in here], SOLVERS[name], normalize, tolerance)
+      for i, result in zip(here, solved, strict=True):
+        results[i] = result
+  return [result for result in results if result is not None]
 
 
 def apply_transfer(
@@ -408,41 +440,37 @@ def apply_transfer(
     raise TypeError(f'matrix must be real and floating, got dtype {matrix.dtype}.')
   check_solver(solver, normalize, tolerance)
   check_hyperparams(solver, alpha, damping)
-  batch = matrix.shape[:-2]
+  axes = matrix.shape[:-2]
   if matrix.size == 0:
     return matrix
   dtype = jnp.promote_types(matrix.dtype, jnp.float32)
 
   def flat(value, name):
-    if np.ndim(value) == 0:
-      return value
-    if jnp.broadcast_shapes(jnp.shape(value), batch) != batch:
+    value = np.asarray(value, np.float64) if known(value) else jnp.asarray(value, dtype)
+    if value.ndim and np.broadcast_shapes(value.shape, axes) != axes:
       raise ValueError(
-        f'{name} of shape {jnp.shape(value)} does not broadcast against the leading'
-        f' axes {batch} of a matrix of shape {matrix.shape}.'
+        f'{name} of shape {value.shape} does not broadcast against the leading'
+        f' axes {axes} of a matrix of shape {matrix.shape}.'
       )
-    return (np if known(value) else jnp).broadcast_to(value, batch).reshape(-1)
+    return (np if known(value) else jnp).broadcast_to(value, axes).reshape(-1)
 
   flat_matrix = matrix.reshape(-1, *matrix.shape[-2:]).astype(dtype)
-  rank = min(rank or DEFAULT_RANK, *matrix.shape[-2:]) if solver == 'low_rank' else 1
-  basis = jnp.zeros((len(flat_matrix), min(matrix.shape[-2:]), rank), dtype)
-  update, spectrum = solve_batch(
+  wide = matrix.shape[-2] < matrix.shape[-1]
+  if wide:
+    flat_matrix = flat_matrix.swapaxes(-1, -2)
+  small = flat_matrix.shape[-1]
+  vectors = min(rank or DEFAULT_RANK, small) if solver == 'low_rank' else 1
+  batch = Batch(
     flat_matrix,
     flat(alpha, 'alpha'),
     flat(damping, 'damping'),
-    normalize=normalize,
-    solver=solver,
-    tolerance=tolerance,
-    basis=basis,
+    jnp.zeros((len(flat_matrix), small, vectors), dtype),
   )
-  if solver == 'low_rank':  # Once more, from a basis that is warm.
-    update, _ = solve_batch(
-      flat_matrix,
-      flat(alpha, 'alpha'),
-      flat(damping, 'damping'),
-      normalize=normalize,
-      solver=solver,
-      tolerance=tolerance,
-      basis=jax.lax.stop_gradient(spectrum.basis),
+  # "low_rank" once more, from a basis that is warm.
+  for _ in range(2 if solver == 'low_rank' else 1):
+    ((update, spectrum),) = solve_batches(
+      [batch], normalize=normalize, solver=solver, tolerance=tolerance
     )
+    batch = batch._replace(basis=jax.lax.stop_gradient(spectrum.basis))
+  update = update.swapaxes(-1, -2) if wide else update
   return update.reshape(matrix.shape).astype(matrix.dtype)

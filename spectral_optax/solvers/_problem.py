@@ -10,21 +10,22 @@ class Problem(NamedTuple):
   """A batch of matrices of one shape, and the map that each wants.
 
   Attributes:
-    matrix: (batch, m, n) with m ≥ n, float32 or float64, finite, already normalised.
+    matrix: (batch, m, n) with m ≥ n, float32 or float64, finite, already normalised;
+      None for methods that look at GᵀG alone.
     gram: (batch, n, n), its Gram matrix GᵀG; for methods that say so.
     alpha: Curvature exponents, (batch,). A NumPy array if known while tracing.
     damping: d, likewise.
-    largest: The largest σ² that the normalisation allows, known while tracing.
+    largest: The largest σ² that the normalisation allows, (batch,).
     tolerance: Relative error of T that a method which approximates it may make.
     basis: (batch, n, r): where an iteration for the leading right singular vectors
       starts. Columns of zeros for none.
   """
 
-  matrix: jax.Array
+  matrix: jax.Array | None
   gram: jax.Array | None
   alpha: np.ndarray | jax.Array
   damping: np.ndarray | jax.Array
-  largest: float
+  largest: np.ndarray
   tolerance: float
   basis: jax.Array
 
@@ -45,7 +46,8 @@ class Solution(NamedTuple):
   """A solver's answer.
 
   Attributes:
-    update: (batch, m, n), U T(Σ) Vᵀ.
+    update: (batch, m, n), U T(Σ) Vᵀ; of methods that look at GᵀG alone, (batch, n, n),
+      f(GᵀG) with G f(GᵀG) = U T(Σ) Vᵀ.
     error: (batch,) or (), how far T may be off, relative, rounding aside.
     leading: From methods that find leading singular vectors on their way.
   """

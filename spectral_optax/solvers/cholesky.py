@@ -33,6 +33,7 @@ _solve_right_batched = one_at_a_time(_solve_right)
 def solve(problem: Problem) -> Solution:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
   matrix, gram = problem.matrix, problem.gram
+  assert matrix is not None
   assert gram is not None
   # Rounding moves the eigenvalues of GᵀG by about ε σ_max²; a shift below that is
   # no damping but a breakdown of the factorisation.

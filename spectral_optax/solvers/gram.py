@@ -50,6 +50,7 @@ def _apply_jvp(primals, tangents):
 def solve(problem: Problem) -> Solution:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
   matrix, gram = problem.matrix, problem.gram
+  assert matrix is not None
   assert gram is not None
   alpha, damping = (jnp.asarray(x, matrix.dtype) for x in (problem.alpha, problem.damping))
   return Solution(_apply(matrix, gram, alpha, damping))

@@ -29,17 +29,7 @@ def _decompose(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 _eigh = one_at_a_time(_decompose)
 
 
-def _orthonormal(columns: jax.Array) -> jax.Array:
-  """Twice Gram-Schmidt by eigenvectors of the Gram matrix; what has no direction is zero."""
-  for _ in range(2):
-    size = jnp.sqrt(jnp.sum(jnp.square(columns), axis=-2, keepdims=True))
-    columns = columns / jnp.where(size > 0, size, 1)
-    values, vectors = _eigh(product(transpose(columns), columns))
-    floor = 10 * jnp.finfo(columns.dtype).eps * values[:, :1]
-    there = values > floor
-    scale = jnp.where(there, jax.lax.rsqrt(jnp.where(there, values, 1)), 0)
-    columns = product(columns, vectors * scale[:, None, :])
-  return columns
+_orthonormal = one_at_a_time(lambda columns: jnp.linalg.qr(columns)[0])
 
 
 def ritz(problem: Problem, iterations: int = ITERATIONS) -> tuple[Leading, jax.Array, jax.Array]:
@@ -50,17 +40,12 @@ def ritz(problem: Problem, iterations: int = ITERATIONS) -> tuple[Leading, jax.A
     GᵀG v - σ² v, which say how far V is from invariant.
   """
   matrix, basis = problem.matrix, problem.basis
-  r = basis.shape[-1]
-  # The longest columns of what the basis leaves out let a new leader in.
-  left_out = matrix - product(product(matrix, basis), transpose(basis))
-  lengths = jnp.sum(jnp.square(left_out), axis=-2)
-  longest = jax.lax.top_k(lengths, r)[1]
-  rows = jnp.take_along_axis(left_out, longest[:, None, :], axis=-1)
-  probe = product(transpose(matrix), rows)
-  size = jnp.sqrt(jnp.sum(jnp.square(probe), axis=-2, keepdims=True))
-  v = basis + 0.1 * probe / jnp.where(size > 0, size, 1)
-  for _ in range(iterations):
-    v = _orthonormal(product(transpose(matrix), product(matrix, v)))
+  assert matrix is not None
+  n, r = basis.shape[-2:]
+  if r == n:  # Everything leads.
+    v = jnp.broadcast_to(jnp.eye(n, dtype=basis.dtype), basis.shape)
+  else:
+    v = _subspace(matrix, basis, iterations)
   gv = product(matrix, v)
   values, turn = _eigh(product(transpose(gv), gv))
   v, gv = product(v, turn), product(gv, turn)
@@ -69,9 +54,24 @@ def ritz(problem: Problem, iterations: int = ITERATIONS) -> tuple[Leading, jax.A
   return Leading(sigma, v), gv, jnp.sqrt(jnp.sum(jnp.square(residual), axis=-2))
 
 
+def _subspace(matrix: jax.Array, basis: jax.Array, iterations: int) -> jax.Array:
+  # The longest columns of what the basis leaves out let a new leader in.
+  left_out = matrix - product(product(matrix, basis), transpose(basis))
+  lengths = jnp.sum(jnp.square(left_out), axis=-2)
+  longest = jax.lax.top_k(lengths, basis.shape[-1])[1]
+  rows = jnp.take_along_axis(left_out, longest[:, None, :], axis=-1)
+  probe = product(transpose(matrix), rows)
+  size = jnp.sqrt(jnp.sum(jnp.square(probe), axis=-2, keepdims=True))
+  v = basis + 0.1 * probe / jnp.where(size > 0, size, 1)
+  for _ in range(iterations):
+    v = _orthonormal(product(transpose(matrix), product(matrix, v)))
+  return v
+
+
 def solve(problem: Problem) -> Solution:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
   matrix = problem.matrix
+  assert matrix is not None
   alpha, damping = (jnp.asarray(x, matrix.dtype)[:, None] for x in (problem.alpha, problem.damping))
   leading, gv, residual = ritz(problem)
   squares = jnp.square(leading.sigma)

@@ -1,6 +1,6 @@
 """`solver="rational"`: 0 ≤ α ≤ 2 as a few damped Newton steps, by products alone.
 
-    U T(Σ) Vᵀ ≈ G (c I + Σ cᵢ (GᵀG + pᵢ I)⁻¹)
+    U T(Σ) Vᵀ = G f(GᵀG),        f(GᵀG) ≈ c I + Σ cᵢ (GᵀG + pᵢ I)⁻¹
 
 with poles pᵢ and weights of `_mixture`, as many as the tolerance asks for, and the
 inverses of `_inverse`, all poles of all matrices at once. α = 2 is one pole, exactly.
@@ -12,29 +12,49 @@ import numpy as np
 
 from spectral_optax.solvers import _mixture
 from spectral_optax.solvers._inverse import weighted_inverses
-from spectral_optax.solvers._perturbation import product
 from spectral_optax.solvers._problem import Problem, Solution, known
 
-# σ² from here up counts as usual when the number of poles for a traced d is chosen.
-USUAL_TURN = 0.06**2
+# The turning point σ* that the number of poles for a traced d is made for.
+USUAL_TURN = 0.06
+# What least squares on interpolated poles reaches.
+SMALLEST_TRACED_TOLERANCE = 1e-2
+
+
+def _static(
+  alpha: np.ndarray, damping: np.ndarray, largest: np.ndarray, tolerance: float
+) -> tuple[_mixture.Mixture, np.ndarray]:
+  alpha, damping, largest = np.broadcast_arrays(
+    *(np.atleast_1d(np.asarray(x, np.float64)) for x in (alpha, damping, largest))
+  )
+  log_turn, reach, delta = _mixture.turning_point(alpha, damping, largest, np)
+  return _mixture.fit(alpha, reach, delta, tolerance), log_turn
+
+
+def static_error(alpha, damping, largest, tolerance: float) -> float:
+  """The largest error that T has with as many poles as there may be."""
+  _, _, delta = _mixture.turning_point(
+    *(np.atleast_1d(np.asarray(x, np.float64)) for x in (alpha, damping, largest)), np
+  )
+  if np.any((np.asarray(alpha) > 0.1) & (delta < 1 - 1e-6)):
+    return np.inf  # λ* is below what GᵀG in float32 can show.
+  return float(_static(alpha, damping, largest, tolerance)[0].error.max())
 
 
 def _mixtures(problem: Problem) -> tuple[_mixture.Mixture, np.ndarray | jax.Array]:
   """The mixtures in units of λ*, and log λ*, (batch,)."""
   if known(problem.alpha) and known(problem.damping):
-    alpha, damping = (np.asarray(x, np.float64) for x in (problem.alpha, problem.damping))
-    log_turn, reach, delta = _mixture.turning_point(alpha, damping, problem.largest, np)
-    return _mixture.fit(alpha, reach, delta, problem.tolerance), log_turn
-  alpha, damping = (jnp.asarray(x, problem.matrix.dtype) for x in (problem.alpha, problem.damping))
+    return _static(problem.alpha, problem.damping, problem.largest, problem.tolerance)
+  assert problem.gram is not None
+  alpha, damping = (jnp.asarray(x, problem.gram.dtype) for x in (problem.alpha, problem.damping))
   log_turn, reach, delta = _mixture.turning_point(alpha, damping, problem.largest)
-  usual = float(np.log(problem.largest / USUAL_TURN))
+  usual = float(np.log(problem.largest.max() / USUAL_TURN**2))
   return _mixture.traced_fit(
     alpha, reach, delta, tolerance=problem.tolerance, usual_reach=usual
   ), log_turn
 
 
-def function_of_gram(problem: Problem, precision: str = 'highest') -> tuple[jax.Array, jax.Array]:
-  """f(GᵀG) with G f(GᵀG) = U T(Σ) Vᵀ, (batch, n, n), and the error of T, (batch,)."""
+def solve(problem: Problem) -> Solution:
+  """f(GᵀG); see `spectral_optax.solvers` for the signature that all solvers share."""
   gram = problem.gram
   assert gram is not None
   dtype, n = gram.dtype, gram.shape[-1]
@@ -51,12 +71,6 @@ def function_of_gram(problem: Problem, precision: str = 'highest') -> tuple[jax.
   shift = jnp.maximum(poles, floor[:, None])
   unit = jnp.eye(n, dtype=dtype)[None, None]
   shifted = gram[:, None] + shift[:, :, None, None] * unit
-  total = weighted_inverses(shifted, weights, shift / 2, precision)
+  total = weighted_inverses(shifted, weights, shift / 2)
   constant = scale[:, 0] * to(mixture.constant)
-  return total + constant[:, None, None] * unit[0], to(mixture.error)
-
-
-def solve(problem: Problem) -> Solution:
-  """See `spectral_optax.solvers` for the signature that all solvers share."""
-  f, error = function_of_gram(problem)
-  return Solution(product(problem.matrix, f), error)
+  return Solution(total + constant[:, None, None] * unit[0], to(mixture.error))

@@ -28,5 +28,6 @@ def _apply_jvp(primals, tangents):
 def solve(problem: Problem) -> Solution:
   """See `spectral_optax.solvers` for the signature that all solvers share."""
   matrix = problem.matrix
+  assert matrix is not None
   alpha, damping = (jnp.asarray(x, matrix.dtype) for x in (problem.alpha, problem.damping))
   return Solution(_apply(matrix, alpha, damping))
