@@ -7,7 +7,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from spectral_optax import exponents, layout, solvers, transform
+from spectral_optax import exponents, layout, transform
 
 
 def spectral_newton(
@@ -20,7 +20,7 @@ def spectral_newton(
   mu_dtype: Any | None = None,
   normalize: str | None = 'rms',
   solver: str = 'auto',
-  tolerance: float = solvers.DEFAULT_TOLERANCE,
+  tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
   weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -70,8 +70,8 @@ def spectral_newton(
       ``"frobenius"`` or None; see `apply_transfer`.
     solver: ``"auto"``, ``"svd"``, ``"gram"``, ``"cholesky"``, ``"rational"`` or
       ``"low_rank"``; see `apply_transfer`.
-    tolerance: Relative error of T that "auto" and the approximate solvers may make; see
-      `apply_transfer`.
+    tolerance: Relative error of T that "auto" and the approximate solvers may make,
+      0.1 by default; see `apply_transfer`.
     rank: How many leading directions ``"low_rank"`` takes; 16 by default.
     update_rms: Root mean square of each matrix's update in units of the learning
       rate; see `scale_to_rms`. None to leave the size that T gives.
@@ -98,7 +98,8 @@ def spectral_newton(
     TypeError: At `init`, for complex matrices.
 
   Under `optax.inject_hyperparams`, numbers (also `alpha` and `damping`) are injected;
-  name a callable that takes the parameters in its `static_args`.
+  name a callable that takes the parameters, `tolerance` and `rank` in its
+  `static_args`.
 
   Source: A. Calvo, arXiv:2606.02596, "Spectral Newton"; normalisation, update size
   and the default (α, d) are ours.

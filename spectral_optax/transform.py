@@ -159,7 +159,7 @@ def scale_by_spectral_transfer(
   *,
   normalize: str | None = 'rms',
   solver: str = 'auto',
-  tolerance: float = solvers.DEFAULT_TOLERANCE,
+  tolerance: float | None = None,
   rank: int | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
@@ -186,7 +186,8 @@ def scale_by_spectral_transfer(
       with the parameter's path and shape.
     TypeError: At `init`, for complex matrices.
   """
-  solvers.check_solver(solver, normalize, tolerance)
+  tolerance = solvers.DEFAULT_TOLERANCE if tolerance is None else tolerance
+  solvers.check_solver(solver, normalize, tolerance, rank)
   if not isinstance(alpha, str) and _is_number(alpha):
     solvers.check_hyperparams(solver, alpha, 0.0)
   if _is_number(damping):
@@ -360,7 +361,7 @@ def scale_by_spectral_newton(
   mu_dtype: Any | None = None,
   normalize: str | None = 'rms',
   solver: str = 'auto',
-  tolerance: float = solvers.DEFAULT_TOLERANCE,
+  tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import hypothesis
@@ -18,7 +19,16 @@ MATRICES = reference.matrices()
 ALPHAS = (0, 0.5, 0.85, 1, 1.3, 2, 2.8, 4)
 DAMPINGS = (1e-3, 0.1, 1.0)
 # The floor of what a method may be off, on top of what rounding costs there.
-FLOOR = {'svd': 1e-5, 'gram': 1e-4, 'cholesky': 1e-4}
+FLOOR = {'svd': 1e-5, 'gram': 1e-4, 'cholesky': 1e-4, 'rational': 1e-3}
+
+
+@functools.cache
+def _rational(alpha):
+  return jax.jit(
+    lambda g, damping: spectral_optax.apply_transfer(
+      g, alpha=alpha, damping=damping, solver='rational', tolerance=1e-3
+    )
+  )
 
 
 APPLY = {
@@ -29,6 +39,8 @@ APPLY = {
   )
   for solver in ('svd', 'gram')
 }
+# Each α on its own, so that poles are fitted to it; at most a hundred times as many.
+APPLY['rational'] = lambda g, alpha, damping: _rational(float(alpha))(g, damping)
 APPLY['cholesky'] = jax.jit(
   lambda g, alpha, damping: spectral_optax.apply_transfer(
     g, alpha=2.0, damping=damping, solver='cholesky'
@@ -58,7 +70,9 @@ def test_normalizations(solver, normalize):
   g = MATRICES['wide']
   exact = reference.update(g, 2, 0.1, normalize)
   update = spectral_optax.apply_transfer(g, alpha=2, normalize=normalize, solver=solver)
-  assert reference.relative_error(update, exact) <= FLOOR[solver]
+  # σ_max is an estimate within 1e-3, and T' σ / T is at most 1 in size.
+  estimate = 1e-3 if normalize == 'spectral' else 0
+  assert reference.relative_error(update, exact) <= FLOOR[solver] + estimate
 
 
 @pytest.mark.parametrize('scale', [1e-30, 1e-12, 1e12, 1e30])
@@ -70,7 +84,8 @@ def test_scale_free(solver, normalize, scale):
     g, alpha=2, damping=0.1, normalize=normalize, solver=solver
   )
   exact = reference.update(g, 2, 0.1, normalize)
-  assert reference.relative_error(apply(np.float32(scale) * g), exact) <= FLOOR[solver]
+  estimate = 1e-3 if normalize == 'spectral' else 0
+  assert reference.relative_error(apply(np.float32(scale) * g), exact) <= FLOOR[solver] + estimate
 
 
 @pytest.mark.parametrize('scale', [1e-25, 1e-6, 1e6, 1e15])
@@ -123,18 +138,25 @@ def test_float64_is_computed_in_float64(solver):
   assert reference.relative_error(update, reference.update(g, 2, 0.1)) <= 1e-12
 
 
-def test_auto_is_exact_for_every_alpha():
+@pytest.mark.parametrize('tolerance', [0.1, 1e-2, 1e-3, 1e-5])
+def test_auto_meets_its_tolerance_for_every_alpha(tolerance):
   for alpha in ALPHAS:
-    update = spectral_optax.apply_transfer(MATRICES['wide'], alpha=alpha)
+    update = spectral_optax.apply_transfer(MATRICES['wide'], alpha=alpha, tolerance=tolerance)
     exact = reference.update(MATRICES['wide'], alpha, 0.1)
-    assert reference.relative_error(update, exact) <= 1e-4
+    assert reference.relative_error(update, exact) <= tolerance + 1e-5
 
 
-def test_auto_needs_no_decomposition_at_two():
-  assert solvers.choose_solver('auto', 2.0) == 'cholesky'
-  assert solvers.choose_solver('auto', np.float32(2)) == 'cholesky'
-  assert solvers.choose_solver('auto', 1.5) == 'gram'
-  assert solvers.choose_solver('auto', jnp.asarray(2.0)) == 'gram'  # It may be traced.
+def test_auto_takes_what_can_meet_the_tolerance():
+  choose = lambda alpha, damping=0.1, n=64, **k: solvers.choose_solver(
+    'auto', alpha, damping, n, **k
+  )
+  assert choose(2.0) == choose(np.array([0.5, 1.5])) == choose(jnp.asarray(1.5)) == 'rational'
+  assert choose(2.0, tolerance=1e-6) == 'rational'  # One pole, exactly.
+  assert choose(1.5, tolerance=1e-6) == 'gram'
+  assert choose(jnp.asarray(1.5), tolerance=1e-6) == 'gram'
+  assert choose(2.1) == choose(np.array([1.5, 2.5])) == 'gram'
+  assert choose(1.0, 1e-9) == choose(1.0, 0.0) == 'gram'  # No turn that float32 can see.
+  assert solvers.choose_solver('svd', 2.0, 0.1, 64) == 'svd'
 
 
 @pytest.mark.parametrize('solver', ['svd', 'gram'])
@@ -156,8 +178,8 @@ def test_traced_hyperparameters_under_jit_vmap_and_scan():
   scanned = jax.lax.scan(lambda c, a: (c, one(a)), 0, alphas)[1]
   for i, alpha in enumerate((0.5, 1.3, 2.0)):
     exact = reference.update(g, alpha, 0.2)
-    assert reference.relative_error(mapped[i], exact) <= 1e-4
-    assert reference.relative_error(scanned[i], exact) <= 1e-4
+    assert reference.relative_error(mapped[i], exact) <= 0.1
+    assert reference.relative_error(scanned[i], mapped[i]) <= 1e-4
 
 
 def test_leading_axes_are_a_batch():
@@ -322,14 +344,23 @@ def test_gradient_under_jit_and_vmap(solver):
 # ---------------------------------------------------------------------------------
 
 
-def test_spectrum_of_a_batch():
+def spectrum_after(steps, solver='gram', normalize='rms', rank=1):
+  """Of matrices (batch, m, n) step after step, each from the basis of the last."""
+  spectrum, basis = None, None
+  for g in steps:
+    if basis is None:
+      basis = jnp.zeros((len(g), g.shape[-1], rank))
+    batch = solvers.Batch(jnp.asarray(g), np.full(len(g), 2.0), np.full(len(g), 0.1), basis)
+    solve = functools.partial(solvers.solve_batches, normalize=normalize, solver=solver)
+    ((_, spectrum),) = solve([batch])
+    basis = spectrum.basis
+  return spectrum
+
+
+@pytest.mark.parametrize('solver', ['svd', 'gram', 'cholesky', 'rational', 'low_rank'])
+def test_spectrum_of_a_batch(solver):
   g = np.stack([MATRICES['tall'], 1e-8 * MATRICES['tall'][::-1]])
-  start, spectrum = None, None
-  for _ in range(20):
-    _, spectrum = solvers.solve_batch(
-      jnp.asarray(g), 2.0, 0.1, normalize='rms', solver='cholesky', start=start
-    )
-    start = spectrum.sigma_max_vector
+  spectrum = spectrum_after([g] * 20, solver, rank=20 if solver == 'low_rank' else 1)
   sigma = np.linalg.svd(g.astype(np.float64), compute_uv=False)
   exact = np.sum(sigma**2, axis=1) ** 2 / np.sum(sigma**4, axis=1)
   np.testing.assert_allclose(spectrum.participation_ratio, exact, rtol=1e-5)
@@ -337,16 +368,12 @@ def test_spectrum_of_a_batch():
   assert (np.asarray(spectrum.sigma_max) <= sigma[:, 0] * (1 + 1e-5)).all()
 
 
-def test_sigma_max_follows_a_new_leader():
+@pytest.mark.parametrize('solver', ['gram', 'rational', 'low_rank'])
+def test_sigma_max_follows_a_new_leader(solver):
   """The old leader shrinks and another direction takes over, orthogonal to it."""
-  start = None
-  for step in range(30):
-    g = jnp.diag(jnp.array([1.0 if step < 10 else 0.1, 0.5, 0.05]))[None]
-    _, spectrum = solvers.solve_batch(g, 2.0, 0.1, normalize='rms', solver='cholesky', start=start)
-    start = spectrum.sigma_max_vector
-    if step == 9:
-      np.testing.assert_allclose(spectrum.sigma_max, [1.0], rtol=1e-4)
-  np.testing.assert_allclose(spectrum.sigma_max, [0.5], rtol=1e-4)
+  g = [jnp.diag(jnp.array([x, 0.5, 0.05]))[None] for x in [1.0] * 10 + [0.1] * 20]
+  np.testing.assert_allclose(spectrum_after(g[:10], solver).sigma_max, [1.0], rtol=1e-4)
+  np.testing.assert_allclose(spectrum_after(g, solver).sigma_max, [0.5], rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------
@@ -363,7 +390,7 @@ G = np.ones((3, 2), np.float32)
     ({'alpha': np.nan}, ValueError, 'alpha .* finite'),
     ({'alpha': 2, 'damping': -0.1}, ValueError, 'damping is a damping.*-0.1'),
     ({'alpha': jnp.array(-1.0)}, ValueError, 'alpha'),
-    ({'alpha': 2, 'solver': 'qr'}, ValueError, "'cholesky', 'gram', 'svd'.*'qr'"),
+    ({'alpha': 2, 'solver': 'qr'}, ValueError, "'cholesky', 'gram'.*'svd'.*'qr'"),
     ({'alpha': 2, 'normalize': 'max'}, ValueError, "normalize.*'max'"),
     ({'alpha': 1.5, 'solver': 'cholesky'}, ValueError, 'alpha = 2 alone.*1.5'),
     ({'alpha': jnp.array(2.0), 'solver': 'cholesky'}, ValueError, 'Use solver="gram"'),

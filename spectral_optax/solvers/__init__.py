@@ -105,8 +105,16 @@ def choose_solver(
   return 'rational' if error <= tolerance else 'gram'
 
 
-def check_solver(solver: str, normalize: str | None, tolerance: Any = DEFAULT_TOLERANCE) -> None:
-  """Raises ValueError for an unknown solver or normalisation, or a tolerance out of range."""
+def check_solver(
+  solver: str,
+  normalize: str | None,
+  tolerance: Any = DEFAULT_TOLERANCE,
+  rank: Any = None,
+) -> None:
+  """Raises ValueError for an unknown solver or normalisation, a tolerance or a rank that
+
+  is out of range or traced.
+  """
   if solver != 'auto' and solver not in SOLVERS:
     raise ValueError(f'solver must be "auto" or one of {sorted(SOLVERS)}, got {solver!r}.')
   if normalize not in NORMALIZATIONS:
@@ -114,7 +122,13 @@ def check_solver(solver: str, normalize: str | None, tolerance: Any = DEFAULT_TO
   if not known(tolerance) or not 0 < float(tolerance) < 1:
     raise ValueError(
       'tolerance is the relative error that T may have: a Python number between 0 and 1,'
-      f' known while tracing; got {tolerance}.'
+      ' known while tracing (under optax.inject_hyperparams name it in static_args); got'
+      f' {tolerance}.'
+    )
+  if rank is not None and (not known(rank) or int(rank) != rank or rank < 1):
+    raise ValueError(
+      'rank is a number of directions: an integer from 1, known while tracing (under'
+      f' optax.inject_hyperparams name it in static_args); got {rank}.'
     )
 
 
@@ -133,7 +147,7 @@ def check_hyperparams(solver: str, alpha: Any, damping: Any, where: str = '') ->
   if solver == 'cholesky' and not _is_exactly_two(alpha):
     raise ValueError(
       f'solver="cholesky" computes alpha = 2 alone, as a Python number that is known'
-      f' while tracing; got alpha = {alpha}{where}. Use solver="rational", "gram" or "auto".'
+      f' while tracing; got alpha = {alpha}{where}. Use solver="gram", "rational" or "auto".'
     )
   if solver in SOLVERS and not isinstance(alpha, jax.core.Tracer):
     limit = SOLVERS[solver].largest_alpha
@@ -183,7 +197,7 @@ def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   return scaled, c, finite
 
 
-def _size(energy: jax.Array, normalize: str | None, small: int) -> jax.Array:
+def _size(energy: jax.Array, normalize: str | None, small: int | jax.Array) -> jax.Array:
   """What σ is divided by, from Σσ²; (batch,), one for a zero matrix."""
   size = jnp.sqrt(energy if normalize == 'frobenius' else energy / small)
   return jnp.where(size > 0, size, 1)
@@ -396,7 +410,7 @@ def apply_transfer(
   damping: ArrayLike = 0.1,
   normalize: str | None = 'rms',
   solver: str = 'auto',
-  tolerance: float = DEFAULT_TOLERANCE,
+  tolerance: float | None = None,
   rank: int | None = None,
 ) -> jax.Array:
   r"""``U diag(T(σ)) Vᵀ`` with ``T(σ) = σ / (σ^α + d)``, for G = U Σ Vᵀ.
@@ -420,7 +434,7 @@ def apply_transfer(
       directions alone) or ``"auto"`` (default), what is fastest for this shape, α,
       tolerance and machine.
     tolerance: Relative error of T that is allowed at any σ, of methods that approximate
-      it. Known while tracing.
+      it; 0.1 by default. Known while tracing.
     rank: How many directions ``"low_rank"`` takes; 16 by default.
 
   Returns:
@@ -438,7 +452,8 @@ def apply_transfer(
     raise ValueError(f'matrix must have shape (..., m, n), got {matrix.shape}.')
   if not jnp.issubdtype(matrix.dtype, jnp.floating):
     raise TypeError(f'matrix must be real and floating, got dtype {matrix.dtype}.')
-  check_solver(solver, normalize, tolerance)
+  tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
+  check_solver(solver, normalize, tolerance, rank)
   check_hyperparams(solver, alpha, damping)
   axes = matrix.shape[:-2]
   if matrix.size == 0:
@@ -466,11 +481,12 @@ def apply_transfer(
     flat(damping, 'damping'),
     jnp.zeros((len(flat_matrix), small, vectors), dtype),
   )
-  # "low_rank" once more, from a basis that is warm.
-  for _ in range(2 if solver == 'low_rank' else 1):
-    ((update, spectrum),) = solve_batches(
-      [batch], normalize=normalize, solver=solver, tolerance=tolerance
-    )
-    batch = batch._replace(basis=jax.lax.stop_gradient(spectrum.basis))
+
+  def solve(batch: Batch) -> tuple[jax.Array, Spectrum]:
+    return solve_batches([batch], normalize=normalize, solver=solver, tolerance=tolerance)[0]
+
+  update, spectrum = solve(batch)
+  if solver == 'low_rank':  # Once more, from a basis that is warm.
+    update, _ = solve(batch._replace(basis=jax.lax.stop_gradient(spectrum.basis)))
   update = update.swapaxes(-1, -2) if wide else update
   return update.reshape(matrix.shape).astype(matrix.dtype)

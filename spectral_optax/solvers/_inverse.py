@@ -68,9 +68,9 @@ def inverse_factor(
   for k, start in enumerate(starts):
     width = columns[k].shape[-1]
     pivot = _pivot(columns[k][:, :width], least, precision)
-    row = pivot
-    if rows[k] is not None:
-      row = jnp.concatenate([_matmul(pivot, rows[k], precision), pivot], axis=-1)
+    row, left = pivot, rows[k]
+    if left is not None:
+      row = jnp.concatenate([_matmul(pivot, left, precision), pivot], axis=-1)
     rows[k] = row
     if start + width == n:
       break

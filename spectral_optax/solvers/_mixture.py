@@ -21,12 +21,11 @@ JAX.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from spectral_optax.solvers._inverse import weighted_inverses
 
@@ -53,9 +52,7 @@ class Mixture(NamedTuple):
   error: np.ndarray | jax.Array
 
 
-def turning_point(
-  alpha: ArrayLike, damping: ArrayLike, largest: ArrayLike, xp=jnp
-) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+def turning_point(alpha: Any, damping: Any, largest: Any, xp: Any = jnp) -> tuple[Any, Any, Any]:
   """(log λ*, R, δ) of a map on λ in [0, largest]; `xp` is `numpy` or `jax.numpy`."""
   alpha, damping = xp.asarray(alpha), xp.asarray(damping)
   log_largest = xp.log(xp.asarray(largest, alpha.dtype))
@@ -63,8 +60,7 @@ def turning_point(
     log_damping = xp.maximum(xp.log(damping), -1e4)
   turn = 2 / xp.maximum(alpha, 1e-3) * log_damping
   held = xp.clip(turn, log_largest - MAX_REACH, log_largest - MIN_REACH)
-  delta = xp.exp(log_damping - alpha / 2 * held)
-  return held, log_largest - held, delta
+  return held, log_largest - held, xp.exp(log_damping - alpha / 2 * held)
 
 
 # ---------------------------------------------------------------------------------
@@ -80,7 +76,7 @@ def _points(alpha, reach, delta, num, xp=np):
   """
   seen = delta >= 1 - 1e-6
   low = xp.where(seen, -8 / xp.maximum(alpha, 0.25), 0.0)
-  steps = xp.linspace(0, 1, num - 1, dtype=alpha.dtype)
+  steps = xp.linspace(0, 1, num - 1, dtype=alpha.dtype)[None]
   x = xp.exp(low[:, None] + (reach - low)[:, None] * steps)
   return xp.concatenate([xp.where(seen, 0.0, 1.0)[:, None].astype(x.dtype), x], axis=1)
 
@@ -236,7 +232,8 @@ def _interpolate(table: jax.Array, rows: np.ndarray, columns: np.ndarray, r, c) 
   def hats(grid, at):  # (batch, grid)
     at = jnp.clip(at, grid[0], grid[-1])[:, None]
     gap = np.diff(grid)
-    left, right = np.append(np.inf, gap), np.append(gap, np.inf)
+    left, right = np.append(np.inf, gap)[None], np.append(gap, np.inf)[None]
+    grid = grid[None]
     return jnp.maximum(1 - jnp.where(at < grid, (grid - at) / left, (at - grid) / right), 0)
 
   return jnp.einsum('br,bc,rcp->bp', hats(rows, r), hats(columns, c), table, precision='highest')

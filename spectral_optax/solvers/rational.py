@@ -9,6 +9,7 @@ inverses of `_inverse`, all poles of all matrices at once. α = 2 is one pole, e
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from spectral_optax.solvers import _mixture
 from spectral_optax.solvers._inverse import weighted_inverses
@@ -21,7 +22,7 @@ SMALLEST_TRACED_TOLERANCE = 1e-2
 
 
 def _static(
-  alpha: np.ndarray, damping: np.ndarray, largest: np.ndarray, tolerance: float
+  alpha: ArrayLike, damping: ArrayLike, largest: ArrayLike, tolerance: float
 ) -> tuple[_mixture.Mixture, np.ndarray]:
   alpha, damping, largest = np.broadcast_arrays(
     *(np.atleast_1d(np.asarray(x, np.float64)) for x in (alpha, damping, largest))
@@ -30,10 +31,10 @@ def _static(
   return _mixture.fit(alpha, reach, delta, tolerance), log_turn
 
 
-def static_error(alpha, damping, largest, tolerance: float) -> float:
+def static_error(alpha: ArrayLike, damping: ArrayLike, largest: float, tolerance: float) -> float:
   """The largest error that T has with as many poles as there may be."""
   _, _, delta = _mixture.turning_point(
-    *(np.atleast_1d(np.asarray(x, np.float64)) for x in (alpha, damping, largest)), np
+    np.asarray(alpha, np.float64), np.asarray(damping, np.float64), largest, np
   )
   if np.any((np.asarray(alpha) > 0.1) & (delta < 1 - 1e-6)):
     return np.inf  # λ* is below what GᵀG in float32 can show.
