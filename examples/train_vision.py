@@ -158,6 +158,7 @@ class OptimizerSettings:
   damping: float | None = None
   solver: str = 'auto'
   update_rms: float = 0.2
+  tolerance: float | None = None
 
 
 def make_optimizer(
@@ -181,6 +182,7 @@ def make_optimizer(
     alpha=settings.alpha,
     damping=settings.damping,
     solver=settings.solver,
+    tolerance=settings.tolerance,
     update_rms=settings.update_rms,
     weight_decay=decay,
   )
@@ -414,7 +416,14 @@ def optimizer_settings(
   if name != 'spectral_newton':
     return OptimizerSettings(name, steps, args.weight_decay)
   return OptimizerSettings(
-    name, steps, args.weight_decay, args.alpha, args.damping, args.solver, update_rms
+    name,
+    steps,
+    args.weight_decay,
+    args.alpha,
+    args.damping,
+    args.solver,
+    update_rms,
+    args.tolerance,
   )
 
 
@@ -466,6 +475,7 @@ def compare(
       'alpha': args.alpha,
       'damping': args.damping,
       'solver': args.solver,
+      'tolerance': args.tolerance,
       'update_rms': args.update_rms[0],
     },
     'optimizers': results,
@@ -662,8 +672,9 @@ def make_parser() -> argparse.ArgumentParser:
   add('--weight-decay', type=float, default=WEIGHT_DECAY, help="the matrices', %(default)s")
   add('--alpha', type=alpha_value, default='default', help='number, "default" or "layer_type"')
   add('--damping', type=float, help='number; default: what goes with alpha')
-  solvers = ('auto', 'svd', 'gram', 'cholesky')
+  solvers = ('auto', *spectral_optax.solvers.SOLVERS)
   add('--solver', default='auto', choices=solvers, help='cholesky: with --alpha 2 alone')
+  add('--tolerance', type=float, help="of approximate solvers; default the library's")
   add('--update-rms', type=float, nargs='+', default=[0.2], help='0.2; several with --tune')
   add('--tune', action='store_true', help='tune the learning rates in place of comparing')
   add('--grid', type=float, nargs='+', help='learning rates for --tune; default by data set')

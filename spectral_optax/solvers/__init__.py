@@ -205,13 +205,15 @@ def _size(energy: jax.Array, normalize: str | None, small: int | jax.Array) -> j
 
 def _unscale(alpha, damping, c: jax.Array) -> tuple[jax.Array, jax.Array]:
   """D and a factor so that T(cσ; α, d) = factor · T(σ; α, d'): for `normalize=None`."""
-  alpha = jnp.asarray(alpha, c.dtype)
-  return damping * c**-alpha, c ** (1 - alpha)
+  # Below 1e-15, where c^-α may leave float32, T has long become σ/d.
+  held, alpha = jnp.maximum(c, 1e-15), jnp.asarray(alpha, c.dtype)
+  return damping * held**-alpha, c / held * held ** (1 - alpha)
 
 
 def _spectrum(finite, ratio, sigma_max, error, basis) -> Spectrum:
   ratio, sigma_max, error = (
-    jnp.where(finite, x, jnp.nan) for x in (ratio, sigma_max, jnp.broadcast_to(error, ratio.shape))
+    jnp.where(finite, jnp.broadcast_to(jnp.asarray(x, ratio.dtype), ratio.shape), jnp.nan)
+    for x in (ratio, sigma_max, error)
   )
   return Spectrum(ratio, sigma_max, error, basis)
 

@@ -7,6 +7,8 @@ be a third cheaper, and loses as many digits again as A has lost: T needs them w
 momentum has one direction far above the rest.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -89,6 +91,7 @@ def inverse_factor(
   return [row for row in rows if row is not None]
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def weighted_inverses(
   matrix: jax.Array, weights: jax.Array, least: jax.Array, precision: str = 'highest'
 ) -> jax.Array:
@@ -114,6 +117,22 @@ def weighted_inverses(
     )
     total += jnp.pad(part, ((0, 0), (0, n - width), (0, n - width)))
   return total
+
+
+@weighted_inverses.defjvp
+def _weighted_inverses_jvp(precision, primals, tangents):
+  """D A⁻¹ = -A⁻¹ dA A⁻¹, and nothing of how it was computed."""
+  matrix, weights, least = primals
+  d_matrix, d_weights, _ = tangents
+  each = weighted_inverses(
+    matrix.reshape(-1, 1, *matrix.shape[2:]),
+    jnp.ones((weights.size, 1), weights.dtype),
+    least.reshape(-1, 1),
+    precision,
+  ).reshape(matrix.shape)
+  turned = _matmul(each, _matmul(d_matrix, each, precision), precision)
+  whole = lambda weights, x: jnp.einsum('bk,bkij->bij', weights, x, precision='highest')
+  return whole(weights, each), whole(d_weights, each) - whole(weights, turned)
 
 
 def _factor(matrix: jax.Array) -> jax.Array:

@@ -75,7 +75,8 @@ def _points(alpha, reach, delta, num, xp=np):
   points begin at λ*, and what is below gets the mixture's own flat end.
   """
   seen = delta >= 1 - 1e-6
-  low = xp.where(seen, -8 / xp.maximum(alpha, 0.25), 0.0)
+  # x^(α/2) = e^-7: from there down f is flat to a thousandth.
+  low = xp.where(seen, -14 / xp.maximum(alpha, 0.25), 0.0)
   steps = xp.linspace(0, 1, num - 1, dtype=alpha.dtype)[None]
   x = xp.exp(low[:, None] + (reach - low)[:, None] * steps)
   return xp.concatenate([xp.where(seen, 0.0, 1.0)[:, None].astype(x.dtype), x], axis=1)
@@ -258,7 +259,11 @@ def traced_fit(
   poles = jnp.exp(log_poles)
 
   x = _points(alpha, reach, delta, _POINTS // 2, jnp)
-  denominator = x ** (alpha[:, None] / 2) + delta[:, None]
+  # At x = 0 a power has no derivative by α, and needs none.
+  power = jnp.where(
+    x > 0, jnp.where(x > 0, x, 1) ** (alpha[:, None] / 2), jnp.where(alpha > 0, 0.0, 1.0)[:, None]
+  )
+  denominator = power + delta[:, None]
   columns = jnp.concatenate(
     [1 / (1 + x[:, :, None] / poles[:, None]), jnp.ones_like(x)[:, :, None]], axis=-1
   )

@@ -102,5 +102,8 @@ def solve(problem: Problem) -> Solution:
   turned = jnp.sum(jnp.square(residual * slope) * (squares + mu), axis=-1, keepdims=True)
   off = (at_zero - at_mu) / 2 * jnp.sqrt(rest) + jnp.sqrt(turned)
   size = jnp.sqrt(jnp.sum(jnp.square(update), axis=(-2, -1)))
-  error = jnp.where(size > 0, off[:, 0] / jnp.where(size > 0, size, 1), 0)
+  # Of the exact update, which is at least this large; 0/0 for a zero matrix.
+  exact = size - off[:, 0]
+  error = jnp.where(exact > 0, off[:, 0] / jnp.where(exact > 0, exact, 1), jnp.inf)
+  error = jnp.where(energy[:, 0] > 0, error, 0)
   return Solution(update, error, leading)
