@@ -48,6 +48,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import spectral_optax
+from spectral_optax import solvers
 
 # Flax 0.12.6, the newest that runs with JAX 0.9, has it under its older name.
 as_pure = getattr(nnx, 'as_pure', None) or nnx.pure
@@ -672,8 +673,8 @@ def make_parser() -> argparse.ArgumentParser:
   add('--weight-decay', type=float, default=WEIGHT_DECAY, help="the matrices', %(default)s")
   add('--alpha', type=alpha_value, default='default', help='number, "default" or "layer_type"')
   add('--damping', type=float, help='number; default: what goes with alpha')
-  solvers = ('auto', *spectral_optax.solvers.SOLVERS)
-  add('--solver', default='auto', choices=solvers, help='cholesky: with --alpha 2 alone')
+  choices = ('auto', *solvers.SOLVERS)
+  add('--solver', default='auto', choices=choices, help='cholesky: with --alpha 2 alone')
   add('--tolerance', type=float, help="of approximate solvers; default the library's")
   add('--update-rms', type=float, nargs='+', default=[0.2], help='0.2; several with --tune')
   add('--tune', action='store_true', help='tune the learning rates in place of comparing')

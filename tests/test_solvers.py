@@ -144,6 +144,7 @@ def test_low_rank_bound_holds_and_what_it_leaves_out_shows():
   for decay, alpha, damping in itertools.product((0.5, 1.0, 2.0), (0.85, 1.5, 2.0), (0.02, 0.5)):
     g = ((u[:, :60] * np.arange(1, 61) ** -decay) @ v.T).astype(np.float32)
     exact = reference.update(g, alpha, damping)
+    bounds = []
     for rank, floor in ((4, 1e-4), (16, 1e-4), (60, 1e-4)):
       basis, error = jnp.zeros((1, 60, rank)), None
       for _ in range(4):
@@ -153,8 +154,8 @@ def test_low_rank_bound_holds_and_what_it_leaves_out_shows():
       error = reference.relative_error(update[0], exact)
       bound = float(spectrum.transfer_error[0])
       assert error <= bound * (1 + 1e-3) + floor, (decay, alpha, damping, rank, bound)
-      if rank == 60:
-        assert float(spectrum.transfer_error[0]) <= 1e-2
+      bounds.append(bound)
+    assert bounds[0] > bounds[1] > bounds[2]
 
 
 def test_sides_are_joined_where_that_is_cheap():
