@@ -350,17 +350,8 @@ def auto_choice(
   alpha: float, damping: float, shape: tuple[int, int, int], tolerance: float | None
 ) -> str:
   """What "auto" takes here. All that knows the arguments of `choose_solver` is in here."""
-  backend, version = jax.default_backend(), jax.devices()[0].client.platform_version
-  if backend == 'gpu':
-    backend = 'rocm' if 'rocm' in version.lower() else 'cuda'
-  batch, *sides = shape
-  offered = {'damping': damping, 'shape': (batch, max(sides), min(sides)), 'backend': backend}
-  if tolerance is not None:
-    offered['tolerance'] = tolerance
-  known = inspect.signature(solvers.choose_solver).parameters
-  return solvers.choose_solver(
-    'auto', alpha, **{name: value for name, value in offered.items() if name in known}
-  )
+  offered = {} if tolerance is None else {'tolerance': tolerance}
+  return solvers.choose_solver('auto', alpha, damping, min(shape[1:]), **offered)
 
 
 def grid_set(batch: int, rows: int, columns: int) -> _parameters.ParameterSet:

