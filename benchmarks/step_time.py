@@ -350,8 +350,8 @@ def auto_choice(
   alpha: float, damping: float, shape: tuple[int, int, int], tolerance: float | None
 ) -> str:
   """What "auto" takes here. All that knows the arguments of `choose_solver` is in here."""
-  offered = {} if tolerance is None else {'tolerance': tolerance}
-  return solvers.choose_solver('auto', alpha, damping, min(shape[1:]), **offered)
+  tolerance = solvers.DEFAULT_TOLERANCE if tolerance is None else tolerance
+  return solvers.choose_solver('auto', alpha, damping, min(shape[1:]), tolerance=tolerance)
 
 
 def grid_set(batch: int, rows: int, columns: int) -> _parameters.ParameterSet:
