@@ -40,6 +40,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 import spectral_optax
 from spectral_optax import solvers
 
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+import reporting
+
 ALPHAS = (2.0, 1.2, 0.85)
 TOLERANCE = 1e-3  # Of these, besides their default.
 TOLERANT = ('rational', 'auto')
@@ -491,7 +494,7 @@ def main(argv: list[str] | None = None) -> Any:
   if args.calibrate:
     return calibrate(args, console)
   contestants = filtered(all_contestants(), args.contestants)
-  environment = _measure.environment()
+  environment = reporting.environment()
   key = f'{environment["backend"]}/{environment["device_kind"]}/jax-{environment["jax"]}'
   content = json.loads(args.output.read_text('utf-8')) if args.output.is_file() else {}
   here = content.setdefault(key, {})
@@ -509,7 +512,7 @@ def main(argv: list[str] | None = None) -> Any:
       'contestants': {name: dataclasses.asdict(of) for name, of in figures.items()},
       'skipped': skipped,
     }
-    _measure.write_json(args.output, content)  # So far.
+    reporting.write_json(args.output, content)  # So far.
     show(parameters, figures, skipped, args, console)
   written = [args.output]
   if args.plot:

@@ -20,13 +20,10 @@ every one of those losses.
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +42,7 @@ import rich.table
 import vision_data
 import vision_plot
 from flax import nnx
+from reporting import environment, write_json
 from tqdm import tqdm
 
 import spectral_optax
@@ -376,34 +374,6 @@ def spectra(optimizer: nnx.Optimizer) -> dict[str, dict[str, Any]]:
       'transferred': np.asarray(spectral_optax.transfer(sigma, alpha, damping)).tolist(),
     }
   return found
-
-
-def environment() -> dict[str, Any]:
-  packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
-  return {
-    'python': platform.python_version(),
-    'spectral_optax': spectral_optax.__version__,
-    **{name: importlib.metadata.version(name) for name in packages},
-    'backend': jax.default_backend(),
-    'cpu_count': os.cpu_count(),
-    'platform': f'{platform.system()} {platform.machine()}',
-  }
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-  """Without NaN and infinity, which JSON does not have: null. A list of numbers is one line."""
-
-  def clean(x: Any) -> Any:
-    if isinstance(x, dict):
-      return {str(k): clean(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-      return [clean(v) for v in x]
-    return x if not isinstance(x, float) else float(f'{x:.6g}') if math.isfinite(x) else None
-
-  text = json.dumps(clean(content), indent=1)
-  text = re.sub(r'\[[^][{}]*\]', lambda flat: ' '.join(flat.group().split()), text)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(text + '\n', encoding='utf-8')
 
 
 # ---------------------------------------------------------------------------------

@@ -82,10 +82,9 @@ def choose_solver(
 ) -> str:
   """The method that runs: `solver`, or for "auto" the cheapest that is good enough.
 
-  That is "rational" wherever its poles can meet the tolerance: 0.15 to 0.55 of a Muon
-  step on a CPU (README), and free of decompositions elsewhere. Left for "gram" are α
-  above 2, tolerances that need more poles than pay, and a d so small that T has not
-  turned at what float32 can see.
+  That is "rational" wherever its poles can meet the tolerance. Left for "gram" are α
+  above 2, tolerances that need more poles than there may be, and a d so small that T
+  has not turned at what float32 can see.
 
   Args:
     solver: "auto" or a key of `SOLVERS`, which comes back as it is.
@@ -111,10 +110,7 @@ def check_solver(
   tolerance: Any = DEFAULT_TOLERANCE,
   rank: Any = None,
 ) -> None:
-  """Raises ValueError for an unknown solver or normalisation, a tolerance or a rank that
-
-  is out of range or traced.
-  """
+  """Raises ValueError for an unknown name, or a tolerance or rank out of range or traced."""
   if solver != 'auto' and solver not in SOLVERS:
     raise ValueError(f'solver must be "auto" or one of {sorted(SOLVERS)}, got {solver!r}.')
   if normalize not in NORMALIZATIONS:
@@ -204,13 +200,14 @@ def _size(energy: jax.Array, normalize: str | None, small: int | jax.Array) -> j
 
 
 def _unscale(alpha, damping, c: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """D and a factor so that T(cσ; α, d) = factor · T(σ; α, d'): for `normalize=None`."""
+  """(d', factor) with T(cσ; α, d) = factor · T(σ; α, d'): for `normalize=None`."""
   # Below 1e-15, where c^-α may leave float32, T has long become σ/d.
   held, alpha = jnp.maximum(c, 1e-15), jnp.asarray(alpha, c.dtype)
   return damping * held**-alpha, c / held * held ** (1 - alpha)
 
 
-def _spectrum(finite, ratio, sigma_max, error, basis) -> Spectrum:
+def _reported(finite, ratio, sigma_max, error, basis) -> Spectrum:
+  """NaN for a matrix that was not finite, of the right shape and dtype."""
   ratio, sigma_max, error = (
     jnp.where(finite, jnp.broadcast_to(jnp.asarray(x, ratio.dtype), ratio.shape), jnp.nan)
     for x in (ratio, sigma_max, error)
@@ -257,13 +254,10 @@ def _solve_matrices(
   else:
     unit_gram = problem.gram if given is unit else None
     unit_gram = symmetric_product(unit, unit) if unit_gram is None else unit_gram
-    found = follow(multiply_gram(unit_gram), batch.basis)
     ratio = participation_ratio(unit_gram)
-  found = leading or found
-  basis = found.basis[:, :, : batch.basis.shape[-1]]
-  basis = jnp.pad(basis, ((0, 0), (0, 0), (0, batch.basis.shape[-1] - basis.shape[-1])))
+    found = leading or follow(multiply_gram(unit_gram), batch.basis)
   update = jnp.where(finite[:, None, None], update, jnp.nan)
-  return update, _spectrum(finite, ratio, c * found.sigma[:, 0], error, basis)
+  return update, _reported(finite, ratio, c * found.sigma[:, 0], error, found.basis)
 
 
 def _solve_grams(
@@ -322,7 +316,7 @@ def _solve_grams(
   else:
     sigma_max = c
   sigma_max = jnp.where(ratio > 0, sigma_max, 0)
-  whole = _spectrum(finite, ratio, sigma_max, error, leading.basis)
+  whole = _reported(finite, ratio, sigma_max, error, leading.basis)
   results, start = [], 0
   for matrix in scaled:
     end, side = start + len(matrix), matrix.shape[-1]
@@ -433,8 +427,8 @@ def apply_transfer(
       None make the result independent of the scale of G.
     solver: ``"svd"`` (reference), ``"gram"`` (any α, exact), ``"cholesky"`` (α = 2,
       exact), ``"rational"`` (α ≤ 2, to `tolerance`), ``"low_rank"`` (leading
-      directions alone) or ``"auto"`` (default), what is fastest for this shape, α,
-      tolerance and machine.
+      directions alone) or ``"auto"`` (default), ``"rational"`` where it can meet
+      `tolerance`, else ``"gram"``.
     tolerance: Relative error of T that is allowed at any σ, of methods that approximate
       it; 0.1 by default. Known while tracing.
     rank: How many directions ``"low_rank"`` takes; 16 by default.
@@ -445,8 +439,9 @@ def apply_transfer(
 
   Raises:
     ValueError: fewer than two axes, an unknown solver or normalisation, α or d
-      negative or not finite, α that does not broadcast, or ``"cholesky"`` with an
-      α that is traced or not 2.
+      negative or not finite, α that does not broadcast, ``"cholesky"`` with an α
+      that is traced or not 2, ``"rational"`` with an α above 2, a `tolerance`
+      outside (0, 1), a `rank` below 1, or one of these two traced.
     TypeError: complex or integer `matrix`.
   """
   matrix = jnp.asarray(matrix)

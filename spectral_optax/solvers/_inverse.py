@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from spectral_optax.solvers._lapack import one_at_a_time
 from spectral_optax.solvers._perturbation import transpose
 
-# Rows in a pivot of the loop; how many blocks a large matrix is cut into, and above which
-# size it is; from which size symmetry is worth using. Measured on two CPU cores.
+# Rows in a pivot of the loop; how many blocks a matrix is cut into, and above which size
+# it is (two CPU cores, 64 to 2048 columns); from which size on symmetry is used.
 PIVOT = 32
 BLOCKS = 4
 CUT_ABOVE = 64

@@ -63,18 +63,23 @@ def turning_point(alpha: Any, damping: Any, largest: Any, xp: Any = jnp) -> tupl
   return held, log_largest - held, xp.exp(log_damping - alpha / 2 * held)
 
 
+def turn_is_seen(delta: Any) -> Any:
+  """Whether λ* is not held from below; as wide of 1 as rounding in float32 takes δ."""
+  return delta > 0.99
+
+
 # ---------------------------------------------------------------------------------
 # Known while tracing
 # ---------------------------------------------------------------------------------
 
 
 def _points(alpha, reach, delta, num, xp=np):
-  """Up to e^R, x = 0 and then logarithmic from where f begins to fall.
+  """Values of x up to e^R: 0, and then logarithmic from where f begins to fall.
 
   Where λ* is held from below (δ < 1), f falls before that, in what float32 cannot see:
   points begin at λ*, and what is below gets the mixture's own flat end.
   """
-  seen = delta >= 1 - 1e-6
+  seen = turn_is_seen(delta)
   # x^(α/2) = e^-7: from there down f is flat to a thousandth.
   low = xp.where(seen, -14 / xp.maximum(alpha, 0.25), 0.0)
   steps = xp.linspace(0, 1, num - 1, dtype=alpha.dtype)[None]
@@ -93,8 +98,9 @@ def _relative(theta, count, x, target):
 
 
 def _improve(theta, count, alpha, reach, delta, steps):
-  """Levenberg-Marquardt on logarithms, which keeps everything positive, under Lawson's
+  """Fewer errors at the same count.
 
+  Levenberg-Marquardt on logarithms, which keeps everything positive, under Lawson's
   weights, which turn least squares into least maximum.
   """
   x = _points(alpha, reach, delta, _POINTS)
@@ -156,7 +162,7 @@ def _sorted(theta, count, error) -> Mixture:
 
 
 def _chain(alpha, reach, delta, steps=70):
-  """Mixtures of 1, 2, 3, ... poles, each from the one before; never worse."""
+  """Mixtures of 1, 2, 3, ... poles, each started from the one before."""
   theta = np.stack(
     [0.3 * reach * (2 - alpha), -np.log1p(delta), -np.log(np.exp(alpha / 2 * reach) + delta)],
     axis=1,

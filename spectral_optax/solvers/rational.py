@@ -36,7 +36,7 @@ def static_error(alpha: ArrayLike, damping: ArrayLike, largest: float, tolerance
   _, _, delta = _mixture.turning_point(
     np.asarray(alpha, np.float64), np.asarray(damping, np.float64), largest, np
   )
-  if np.any((np.asarray(alpha) > 0.1) & (delta < 1 - 1e-6)):
+  if np.any((np.asarray(alpha) > 0.1) & ~_mixture.turn_is_seen(delta)):
     return np.inf  # λ* is below what GᵀG in float32 can show.
   return float(_static(alpha, damping, largest, tolerance)[0].error.max())
 
