@@ -7,8 +7,9 @@ that a preconditioner can be put before the transfer or a normalisation after it
 All of them leave parameters that are no matrices as they find them.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,14 +95,68 @@ def scale_by_momentum(
 # ---------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class ByPath(Mapping[str, jax.Array]):
+  """Arrays by parameter path, in one: a read-only mapping that is a single leaf.
+
+  A step over a hundred matrices takes in and gives out a handful of arrays for what is
+  known of them, not hundreds.
+
+  Attributes:
+    values: All of them, flat; leading axes (of a `vmap` over optimizers, say) come first.
+    shapes: The paths and shapes, in the order in which they lie in `values`.
+  """
+
+  def __init__(self, values: Any, shapes: Sequence[tuple[str, tuple[int, ...]]]):
+    self.values_by_path = values
+    self.shapes = tuple(shapes)
+
+  def __getitem__(self, path: str) -> jax.Array:
+    start = 0
+    for name, shape in self.shapes:
+      end = start + math.prod(shape)
+      if name == path:
+        part = self.values_by_path[..., start:end]
+        return part.reshape(part.shape[:-1] + shape)
+      start = end
+    raise KeyError(path)
+
+  def __iter__(self) -> Iterator[str]:
+    return (path for path, _ in self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+  def __eq__(self, other: object) -> bool:
+    # Of leaves that are not arrays too: trees of shapes, of flags.
+    if not isinstance(other, ByPath):
+      return NotImplemented
+    return self.shapes == other.shapes and self.values_by_path == other.values_by_path
+
+  __hash__ = None
+
+  def __repr__(self) -> str:
+    return f'ByPath({self.values_by_path!r}, {self.shapes!r})'
+
+  def tree_flatten_with_keys(self):
+    """For JAX: one leaf."""
+    return ((jax.tree_util.GetAttrKey('values'), self.values_by_path),), self.shapes
+
+  @classmethod
+  def tree_unflatten(cls, shapes, leaves):
+    """For JAX."""
+    return cls(leaves[0], shapes)
+
+
 class SpectralTransferState(NamedTuple):
   """State of `scale_by_spectral_transfer`: what is known of each matrix's spectrum.
 
-  All but `count` are dicts by parameter path (``'layers/0/kernel'``), one entry a
-  matrix parameter, so that ``optax.tree.get(state, 'sigma_max')`` is ready to log.
+  All but `count` are mappings by parameter path (``'layers/0/kernel'``), one entry a
+  matrix parameter, so that ``dict(optax.tree.get(state, 'sigma_max'))`` is ready to log;
+  to JAX each is one array (`ByPath`).
   The values have the shape of the parameter's batch axes: () for a single matrix.
-  They are float32 (float64 for float64 parameters), and NaN after a step whose
-  update was not finite.
+  They are float32 (float64 if a matrix is), and NaN after a step whose update was not
+  finite.
 
   Attributes:
     count: Steps taken, shape (), int32. What schedules are called with.
@@ -154,6 +209,34 @@ def _sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, sharding.spec)
 
 
+# From this many numbers on a parameter is not stacked with others of its shape: a large
+# product gains nothing from company, and the stack is one more copy.
+ALONE = 2**17
+
+
+def _piece_key(view: layout.MatrixView, dtype: Any) -> tuple[Any, ...]:
+  """In the order of this everything is computed and kept: smaller sides together."""
+  rows, columns = view.rows, view.columns
+  return str(jnp.dtype(dtype)), min(rows, columns), max(rows, columns), rows < columns
+
+
+def _in_order(flat: jax.Array, parts: Sequence[tuple[str, int]], order: Sequence[str]) -> jax.Array:
+  """`flat` consists of `parts` (path, length); the same in another order of paths."""
+  lengths = dict(parts)
+  ends = itertools.accumulate(lengths.values())
+  starts = {path: end - lengths[path] for path, end in zip(lengths, ends, strict=True)}
+  runs: list[list[int]] = []  # Where what is wanted lies together, as one.
+  for path in order:
+    start, end = starts[path], starts[path] + lengths[path]
+    if runs and runs[-1][1] == start:
+      runs[-1][1] = end
+    else:
+      runs.append([start, end])
+  if runs == [[0, len(flat)]]:
+    return flat
+  return jnp.concatenate([flat[start:end] for start, end in runs])
+
+
 def scale_by_spectral_transfer(
   alpha: Any = 'default',
   damping: Any = None,
@@ -162,12 +245,14 @@ def scale_by_spectral_transfer(
   solver: str = 'auto',
   tolerance: float | None = None,
   rank: int | None = None,
+  update_rms: float | jax.Array | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
   """Replaces every matrix U Σ Vᵀ by U T(Σ) Vᵀ, T(σ) = σ / (σ^α + d).
 
   The transfer alone: no momentum, no learning rate. Same-shaped matrices are
-  computed as one batch.
+  computed as one batch, and whatever depends on the smaller side alone as one batch for
+  all matrices of that side.
 
   Args:
     alpha: Curvature exponent α ≥ 0; see `spectral_newton`.
@@ -176,6 +261,8 @@ def scale_by_spectral_transfer(
     solver: See `apply_transfer`.
     tolerance: See `apply_transfer`.
     rank: See `apply_transfer`.
+    update_rms: As `scale_to_rms` after it would do, and cheaper; None (default) leaves
+      the size that T gives.
     weight_dimension_numbers: See `spectral_newton`.
 
   Returns:
@@ -199,92 +286,134 @@ def scale_by_spectral_transfer(
     return min(rank or solvers.DEFAULT_RANK, small) if solver == 'low_rank' else 1
 
   def plan(params):
+    """Views in the order in which they are kept, values, and the dtype of each."""
     views = layout.matrix_views(params, weight_dimension_numbers)
-    return views, exponents.resolve(alpha, damping, params, views)
+    values = exponents.resolve(alpha, damping, params, views)
+    leaves = layout.leaves_by_path(params)
+    dtypes = {path: _compute_dtype(leaves[path].dtype) for path in views}
+    order = sorted(views, key=lambda path: _piece_key(views[path], dtypes[path]))
+    return {path: views[path] for path in order}, values, dtypes
+
+  def basis_shape(view: layout.MatrixView) -> tuple[int, ...]:
+    small = min(view.rows, view.columns)
+    return (*view.batch_shape, small, vectors(small))
+
+  def make_state(count, views, columns) -> SpectralTransferState:
+    if not views:
+      # `optax.tree.map_params` puts a placeholder for the parameters and looks for it
+      # in the state. This is not shaped like parameters: one leaf each says so.
+      return SpectralTransferState(count, *(jnp.zeros([]) for _ in columns))
+    shapes = {path: view.batch_shape for path, view in views.items()}
+    shapes_of_basis = {path: basis_shape(view) for path, view in views.items()}
+    return SpectralTransferState(
+      count,
+      **{
+        name: ByPath(x, list((shapes_of_basis if name == 'basis' else shapes).items()))
+        for name, x in columns.items()
+      },
+    )
 
   def init_fn(params):
-    views, values = plan(params)
-    leaves = layout.leaves_by_path(params)
-    columns: dict[str, dict[str, jax.Array]] = {
-      name: {} for name in SpectralTransferState._fields[1:]
-    }
-    for path, view in views.items():
-      where = f' for {path!r} with shape {view.shape}'
-      first = [_at(v, jnp.zeros([], jnp.int32)) for v in values[path]]
+    views, values, dtypes = plan(params)
+    widest = jnp.result_type(*dtypes.values()) if dtypes else jnp.float32
+    first = {}
+    for path in values:
+      where = f' for {path!r} with shape {views[path].shape}'
+      now = [_at(v, jnp.zeros([], jnp.int32)) for v in values[path]]
       if callable(values[path][0]):  # Traced in an update, whatever it begins with.
-        first[0] = jnp.asarray(first[0])
-      solvers.check_hyperparams(solver, *first, where=where)
-      dtype = _compute_dtype(leaves[path].dtype)
-      small = min(view.rows, view.columns)
-      for name, value in zip(('alpha', 'damping'), first, strict=True):
-        columns[name][path] = _broadcast(value, view, dtype)
-      columns['participation_ratio'][path] = jnp.zeros(view.batch_shape, dtype)
-      columns['sigma_max'][path] = jnp.zeros(view.batch_shape, dtype)
-      columns['transfer_error'][path] = jnp.zeros(view.batch_shape, dtype)
-      columns['basis'][path] = jnp.zeros((*view.batch_shape, small, vectors(small)), dtype)
-    return _state(jnp.zeros([], jnp.int32), columns, params)
+        now[0] = jnp.asarray(now[0])
+      solvers.check_hyperparams(solver, *now, where=where)
+      first[path] = [_broadcast(value, views[path], widest) for value in now]
+    total = sum(math.prod(view.batch_shape) for view in views.values())
+    columns = {name: jnp.zeros([total], widest) for name in SpectralTransferState._fields[1:]}
+    for i, name in enumerate(('alpha', 'damping')):
+      if views:
+        columns[name] = jnp.concatenate([first[path][i] for path in views])
+    size = sum(math.prod(basis_shape(view)) for view in views.values())
+    columns['basis'] = jnp.zeros([size], widest)
+    return make_state(jnp.zeros([], jnp.int32), views, columns)
 
   def update_fn(updates, state, params=None):
     del params
-    views, values = plan(updates)
+    views, values, dtypes = plan(updates)
+    if not views:
+      return updates, state._replace(count=optax.safe_increment(state.count))
     leaves = layout.leaves_by_path(updates)
-    groups: dict[Any, list[str]] = {}
+    kept = list(views)
+    number = {path: math.prod(view.batch_shape) for path, view in views.items()}
+
+    # Batches of one smaller side, of pieces of one shape.
+    grouped: dict[Any, dict[Any, list[str]]] = {}
     for path, view in views.items():
-      rows, columns = sorted((view.rows, view.columns))
-      dtype = _compute_dtype(leaves[path].dtype)
       # One fit for all where every α and d is known, weights by least squares elsewhere.
       fixed = all(solvers.known(v) for v in values[path])
-      groups.setdefault((rows, columns, dtype, fixed), []).append(path)
+      key = _piece_key(view, dtypes[path])
+      alone = path if math.prod(view.shape) >= ALONE else None
+      grouped.setdefault((*key[:2], fixed), {}).setdefault((key, alone), []).append(path)
+
+    order = [path for pieces in grouped.values() for paths in pieces.values() for path in paths]
+    flat_basis = _in_order(
+      state.basis.values_by_path,
+      [(path, math.prod(basis_shape(views[path]))) for path in kept],
+      order,
+    )
+    batches: dict[Any, list[solvers.Batch]] = {}
+    members: dict[Any, list[list[list[str]]]] = {}
+    numbers: dict[str, list[Any]] = {'alpha': [], 'damping': []}
+    start = 0
+    for (name, small, fixed), pieces in grouped.items():
+      matrices, given = [], {'alpha': [], 'damping': []}
+      for paths in pieces.values():
+        parts = [views[path].to_matrices(_replicated(leaves[path]).astype(name)) for path in paths]
+        matrices.append(jnp.concatenate(parts) if len(parts) > 1 else parts[0])
+        for path, (of, which) in itertools.product(paths, zip(given, (0, 1), strict=True)):
+          value = values[path][which]
+          given[of].append(
+            np.broadcast_to(np.asarray(value, np.float64), views[path].batch_shape).reshape(-1)
+            if fixed
+            else _broadcast(_at(value, state.count), views[path], name)
+          )
+      alphas, dampings = ((np if fixed else jnp).concatenate(of) for of in given.values())
+      for of, value in zip(numbers.values(), (alphas, dampings), strict=True):
+        of.append(jnp.asarray(value, flat_basis.dtype))
+      end = start + len(alphas) * small * vectors(small)
+      basis = flat_basis[start:end].reshape(-1, small, vectors(small)).astype(name)
+      start = end
+      batches.setdefault(name, []).append(solvers.Batch(matrices, alphas, dampings, basis))
+      members.setdefault(name, []).append(list(pieces.values()))
 
     new = dict(leaves)
-    columns = {name: {} for name in SpectralTransferState._fields[1:]}
-    batches: dict[Any, list[solvers.Batch]] = {}
-    members: dict[Any, list[list[str]]] = {}
-    for (small, _, dtype, fixed), paths in groups.items():
-      xp = np if fixed else jnp
-      matrices, alphas, dampings, bases = [], [], [], []
-      for path in paths:
-        view = views[path]
-        matrix = view.to_matrices(_replicated(leaves[path]).astype(dtype))
-        # One orientation for the batch: tall.
-        matrices.append(matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix)
-        for name, value, parts in zip(
-          ('alpha', 'damping'), values[path], (alphas, dampings), strict=True
-        ):
-          value = np.asarray(value, np.float64) if fixed else _at(value, state.count)
-          columns[name][path] = _broadcast(value, view, dtype)
-          parts.append(
-            xp.broadcast_to(value, view.batch_shape).reshape(-1)
-            if fixed
-            else columns[name][path].reshape(-1)
-          )
-        bases.append(state.basis[path].reshape(-1, small, vectors(small)))
-      batches.setdefault(dtype, []).append(
-        solvers.Batch(
-          jnp.concatenate(matrices),
-          xp.concatenate(alphas),
-          xp.concatenate(dampings),
-          jnp.concatenate(bases),
-        )
-      )
-      members.setdefault(dtype, []).append(paths)
-    for dtype, of_dtype in batches.items():
+    spectra: dict[str, list[jax.Array]] = {name: [] for name in solvers.Spectrum._fields}
+    for name, of_dtype in batches.items():
       solved = solvers.solve_batches(
         of_dtype, normalize=normalize, solver=solver, tolerance=tolerance
       )
-      for paths, (matrices, spectrum) in zip(members[dtype], solved, strict=True):
-        start = 0
-        for path in paths:
-          view, leaf = views[path], leaves[path]
-          end = start + math.prod(view.batch_shape)
-          matrix = matrices[start:end]
-          matrix = matrix.swapaxes(-1, -2) if view.rows < view.columns else matrix
-          new[path] = _sharded_like(view.from_matrices(matrix).astype(leaf.dtype), leaf)
-          for name, value in spectrum._asdict().items():
-            columns[name][path] = value[start:end].reshape(view.batch_shape + value.shape[1:])
-          start = end
+      for pieces, (results, spectrum) in zip(members[name], solved, strict=True):
+        for paths, matrices in zip(pieces, results, strict=True):
+          if update_rms is not None:
+            matrices = _to_rms(matrices, update_rms, (-2, -1))
+          begin = 0
+          for path in paths:
+            end = begin + number[path]
+            one = views[path].from_matrices(matrices[begin:end]).astype(leaves[path].dtype)
+            new[path] = _sharded_like(one, leaves[path])
+            begin = end
+        for of, value in zip(spectra.values(), spectrum, strict=True):
+          of.append(value.reshape(-1).astype(flat_basis.dtype))
+    # By dtype, batches were kept in order.
+    columns = {
+      name: _in_order(
+        jnp.concatenate(of),
+        [
+          (path, math.prod(basis_shape(views[path])) if name == 'basis' else number[path])
+          for path in order
+        ],
+        kept,
+      )
+      for name, of in {**numbers, **spectra}.items()
+    }
     updates = jax.tree.unflatten(jax.tree.structure(updates), list(new.values()))
-    return updates, _state(optax.safe_increment(state.count), columns, updates)
+    return updates, make_state(optax.safe_increment(state.count), views, columns)
 
   return optax.GradientTransformation(init_fn, update_fn)
 
@@ -294,22 +423,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _broadcast(value: Any, view: layout.MatrixView, dtype: Any) -> jax.Array:
-  return jnp.broadcast_to(jnp.asarray(value, dtype), view.batch_shape)
-
-
-def _state(
-  count: jax.typing.ArrayLike, columns: Mapping[str, dict[str, jax.Array]], params: Any
-) -> SpectralTransferState:
-  if not jax.tree.leaves(params):
-    # `optax.tree.map_params` puts a placeholder for the parameters and looks for it
-    # in the state. These dicts are not shaped like parameters: one leaf each says so.
-    return SpectralTransferState(count, *(jnp.zeros([]) for _ in columns))
-  return SpectralTransferState(count, **columns)
+  return jnp.broadcast_to(jnp.asarray(value, dtype), view.batch_shape).reshape(-1)
 
 
 # ---------------------------------------------------------------------------------
 # Update size
 # ---------------------------------------------------------------------------------
+
+
+def _to_rms(x: jax.Array, rms: float | jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  mean = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
+  return jnp.where(mean == 0, 0, rms / jnp.sqrt(jnp.where(mean == 0, 1, mean))) * x
 
 
 def scale_to_rms(
@@ -340,9 +464,7 @@ def scale_to_rms(
     for path, view in views.items():
       x = new[path]
       wide = x.astype(_compute_dtype(x.dtype))
-      mean = jnp.mean(jnp.square(wide), axis=view.matrix_axes, keepdims=True)
-      scale = jnp.where(mean == 0, 0, rms / jnp.sqrt(jnp.where(mean == 0, 1, mean)))
-      new[path] = (scale * wide).astype(x.dtype)
+      new[path] = _to_rms(wide, rms, view.matrix_axes).astype(x.dtype)
     return jax.tree.unflatten(jax.tree.structure(updates), list(new.values())), state
 
   return optax.GradientTransformation(optax.init_empty_state, update_fn)
@@ -369,9 +491,9 @@ def scale_by_spectral_newton(
 ) -> optax.GradientTransformationExtraArgs:
   """Momentum, spectral transfer and update size: Spectral Newton without the rest.
 
-  The chain of `scale_by_momentum`, `scale_by_spectral_transfer` and `scale_to_rms`.
-  Parameters that are no matrices get the momentum alone; `spectral_newton` gives
-  them to AdamW.
+  The chain of `scale_by_momentum` and `scale_by_spectral_transfer`, which here does what
+  `scale_to_rms` would. Parameters that are no matrices get the momentum alone;
+  `spectral_newton` gives them to AdamW.
 
   Args:
     alpha: Curvature exponent α ≥ 0; see `spectral_newton`.
@@ -392,18 +514,18 @@ def scale_by_spectral_newton(
   Raises:
     ValueError, TypeError: as the parts do.
   """
-  parts = [
-    scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
-    scale_by_spectral_transfer(
-      alpha,
-      damping,
-      normalize=normalize,
-      solver=solver,
-      tolerance=tolerance,
-      rank=rank,
-      weight_dimension_numbers=weight_dimension_numbers,
-    ),
-  ]
-  if update_rms is not None:
-    parts.append(scale_to_rms(update_rms, weight_dimension_numbers=weight_dimension_numbers))
-  return optax.with_extra_args_support(optax.chain(*parts))
+  return optax.with_extra_args_support(
+    optax.chain(
+      scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
+      scale_by_spectral_transfer(
+        alpha,
+        damping,
+        normalize=normalize,
+        solver=solver,
+        tolerance=tolerance,
+        rank=rank,
+        update_rms=update_rms,
+        weight_dimension_numbers=weight_dimension_numbers,
+      ),
+    )
+  )

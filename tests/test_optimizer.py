@@ -10,6 +10,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import spectral_optax
+from spectral_optax import transform
 from tests import reference
 
 
@@ -590,12 +591,12 @@ def test_inject_hyperparams():
   _, state = update(grads, state, params)
   assert len(traces) == 1
   np.testing.assert_allclose(
-    optax.tree.get(state, 'damping', filtering=_is_dict)['head/kernel'], 0.5
+    optax.tree.get(state, 'damping', filtering=_is_by_path)['head/kernel'], 0.5
   )
 
 
-def _is_dict(_, value):
-  return isinstance(value, dict)
+def _is_by_path(_, value):
+  return isinstance(value, transform.ByPath)
 
 
 def test_inject_hyperparams_with_a_schedule_and_a_rule():

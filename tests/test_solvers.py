@@ -145,8 +145,11 @@ def test_low_rank_bound_holds_and_what_it_leaves_out_shows():
     for rank, floor in ((4, 1e-4), (16, 1e-4), (60, 1e-4)):
       basis, error = jnp.zeros((1, 60, rank)), None
       for _ in range(4):
-        batch = solvers.Batch(jnp.asarray(g)[None], np.full(1, alpha), np.full(1, damping), basis)
-        ((update, spectrum),) = solvers.solve_batches([batch], normalize='rms', solver='low_rank')
+        matrices = (jnp.asarray(g)[None],)
+        batch = solvers.Batch(matrices, np.full(1, alpha), np.full(1, damping), basis)
+        (((update,), spectrum),) = solvers.solve_batches(
+          [batch], normalize='rms', solver='low_rank'
+        )
         basis = spectrum.basis
       error = reference.relative_error(update[0], exact)
       bound = float(spectrum.transfer_error[0])
@@ -478,7 +481,7 @@ def spectrum_after(steps, solver='gram', normalize='rms', rank=1):
   for g in steps:
     if basis is None:
       basis = jnp.zeros((len(g), g.shape[-1], rank))
-    batch = solvers.Batch(jnp.asarray(g), np.full(len(g), 2.0), np.full(len(g), 0.1), basis)
+    batch = solvers.Batch((jnp.asarray(g),), np.full(len(g), 2.0), np.full(len(g), 0.1), basis)
     solve = functools.partial(solvers.solve_batches, normalize=normalize, solver=solver)
     ((_, spectrum),) = solve([batch])
     basis = spectrum.basis

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from spectral_optax.solvers import cholesky, gram, low_rank, rational, svd
-from spectral_optax.solvers._inverse import symmetric_product
+from spectral_optax.solvers._perturbation import transpose
 from spectral_optax.solvers._problem import Problem, Solution, known
 from spectral_optax.solvers._spectrum import (
   SPECTRAL_SLACK,
@@ -164,20 +164,44 @@ def largest_square(normalize: str | None, small: int) -> float:
 
 
 class Batch(NamedTuple):
-  """Matrices of one shape, and what to make of them.
+  """Matrices of one smaller side, and what to make of them.
 
   Attributes:
-    matrix: (batch, m, n), m ≥ n, float32 or float64.
-    alpha: (batch,), NumPy if known while tracing.
+    matrices: Pieces (batch_i, m_i, n_i) with the same min(m_i, n_i), float32 or float64.
+      A stack of small matrices is best one piece; large ones gain nothing from a stack
+      and save the copy.
+    alpha: (batch,), over all pieces; NumPy if known while tracing.
     damping: (batch,), likewise.
-    basis: (batch, n, r), where the iteration for leading singular vectors starts.
+    basis: (batch, small, r), where the iteration for leading singular vectors starts.
       Zeros for a cold start.
   """
 
-  matrix: jax.Array
+  matrices: Sequence[jax.Array]
   alpha: np.ndarray | jax.Array
   damping: np.ndarray | jax.Array
   basis: jax.Array
+
+  @property
+  def small(self) -> int:
+    """The smaller side."""
+    return self.basis.shape[1]
+
+
+def _is_wide(matrix: jax.Array) -> bool:
+  """Whether the small Gram matrix is G Gᵀ; a square one's is quicker to compute so."""
+  return matrix.shape[-2] <= matrix.shape[-1]
+
+
+def _gram(matrix: jax.Array) -> jax.Array:
+  """GᵀG or G Gᵀ, of the smaller side."""
+  equation = 'bij,bkj->bik' if _is_wide(matrix) else 'bji,bjk->bik'
+  return jnp.einsum(equation, matrix, matrix, precision='highest')
+
+
+def _apply(matrix: jax.Array, f: jax.Array) -> jax.Array:
+  """G f(GᵀG), or f(G Gᵀ) G."""
+  left, right = (f, matrix) if _is_wide(matrix) else (matrix, f)
+  return jnp.matmul(left, right, precision='highest')
 
 
 def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -215,8 +239,17 @@ def _reported(finite, ratio, sigma_max, error, basis) -> Spectrum:
   return Spectrum(ratio, sigma_max, error, basis)
 
 
+class _Piece(NamedTuple):
+  """One piece of a `Batch`, tall."""
+
+  matrix: jax.Array
+  alpha: np.ndarray | jax.Array
+  damping: np.ndarray | jax.Array
+  basis: jax.Array
+
+
 def _solve_matrices(
-  batch: Batch, method: Method, normalize: str | None, tolerance: float
+  batch: _Piece, method: Method, normalize: str | None, tolerance: float
 ) -> tuple[jax.Array, Spectrum]:
   """For methods that look at the matrix itself."""
   matrix, c, finite = _scaled(batch.matrix)
@@ -235,9 +268,10 @@ def _solve_matrices(
     large = jnp.maximum(c, 1)
     given = unit * (c / large)[:, None, None]
     damping, factor = _unscale(alpha, damping, large)
+  gram_of = lambda x: jnp.einsum('bji,bjk->bik', x, x, precision='highest')
   problem = Problem(
     matrix=given,
-    gram=symmetric_product(given, given) if method.needs_gram else None,
+    gram=gram_of(given) if method.needs_gram else None,
     alpha=alpha,
     damping=damping,
     largest=np.full(len(alpha), largest_square(normalize, n)),
@@ -253,37 +287,94 @@ def _solve_matrices(
     ratio = participation_ratio_of_leading(unit, found)
   else:
     unit_gram = problem.gram if given is unit else None
-    unit_gram = symmetric_product(unit, unit) if unit_gram is None else unit_gram
+    unit_gram = gram_of(unit) if unit_gram is None else unit_gram
     ratio = participation_ratio(unit_gram)
     found = leading or follow(multiply_gram(unit_gram), batch.basis)
   update = jnp.where(finite[:, None, None], update, jnp.nan)
   return update, _reported(finite, ratio, c * found.sigma[:, 0], error, found.basis)
 
 
+def _solve_pieces(
+  batch: Batch, method: Method, normalize: str | None, tolerance: float
+) -> tuple[list[jax.Array], Spectrum]:
+  """`_solve_matrices`, of pieces of one shape, either way round, at once."""
+  lengths = [len(matrix) for matrix in batch.matrices]
+  numbers = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
+  by_shape: dict[tuple[int, ...], list[int]] = {}
+  for i, matrix in enumerate(batch.matrices):
+    by_shape.setdefault(tuple(sorted(matrix.shape[1:])), []).append(i)
+  updates: list[jax.Array] = [*batch.matrices]
+  spectra = []
+  for of in by_shape.values():
+    wide = {i: updates[i].shape[-2] < updates[i].shape[-1] for i in of}
+    tall = [transpose(updates[i]) if wide[i] else updates[i] for i in of]
+    here = np.concatenate([numbers[i] for i in of])
+    piece = _Piece(jnp.concatenate(tall), *(x[here] for x in batch[1:]))
+    solved, spectrum = _solve_matrices(piece, method, normalize, tolerance)
+    spectra.append(spectrum)
+    parts = jnp.split(solved, np.cumsum([lengths[i] for i in of])[:-1])
+    for i, update in zip(of, parts, strict=True):
+      updates[i] = transpose(update) if wide[i] else update
+  order = np.argsort(np.concatenate([numbers[i] for of in by_shape.values() for i in of]))
+  whole = Spectrum(*map(jnp.concatenate, zip(*spectra, strict=True)))
+  if len(by_shape) > 1:
+    whole = Spectrum(*(x[order] for x in whole))
+  return updates, whole
+
+
+# Between these bounds of ‖G‖²_F its fourth power is in float32, with room to spare.
+SAFE = 1e-14, 1e14
+
+
+def _grams(batches: Sequence[Batch], n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gram matrices of all G / c, padded with zeros to n; c; and which G are finite.
+
+  c is one unless some G would leave float32: looking for it takes a pass over all of G,
+  and dividing by it two more.
+  """
+  matrices = [matrix for batch in batches for matrix in batch.matrices]
+
+  def padded(gram: jax.Array) -> jax.Array:
+    pad = (0, n - gram.shape[-1])
+    return jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram
+
+  def with_scales(matrices):
+    # A stack for each shape: this is compiled always, and hardly ever runs.
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+      places.setdefault(matrix.shape[1:], []).append(i)
+    stacks = [jnp.concatenate([matrices[i] for i in of]) for of in places.values()]
+    scaled, scales, finites = zip(*map(_scaled, stacks), strict=True)
+    grams = jnp.concatenate([padded(_gram(matrix)) for matrix in scaled])
+    numbers = np.split(np.arange(len(grams)), np.cumsum([len(m) for m in matrices])[:-1])
+    order = np.argsort(np.concatenate([numbers[i] for of in places.values() for i in of]))
+    return grams[order], jnp.concatenate(scales)[order], jnp.concatenate(finites)[order]
+
+  def as_they_are(matrices):
+    del matrices
+    return grams, jnp.ones_like(energy), jnp.ones(energy.shape, bool)
+
+  grams = jnp.concatenate([padded(_gram(matrix)) for matrix in matrices])
+  energy = jnp.trace(grams, axis1=-2, axis2=-1)
+  safe = jnp.all((energy > SAFE[0]) & (energy < SAFE[1]))  # False for a NaN.
+  return jax.lax.cond(safe, as_they_are, with_scales, matrices)
+
+
 def _solve_grams(
   batches: Sequence[Batch], method: Method, normalize: str | None, tolerance: float
-) -> list[tuple[jax.Array, Spectrum]]:
+) -> list[tuple[list[jax.Array], Spectrum]]:
   """For methods that look at GᵀG alone: matrices of one smaller side, or nearly, at once.
 
   A smaller Gram matrix is padded with zeros; what f makes of those is cut off again.
+  No matrix of the size of G is written but the update.
   """
-  n = max(batch.matrix.shape[-1] for batch in batches)
-  scaled, scales, finites, grams, sides = [], [], [], [], []
-  for batch in batches:
-    matrix, c, finite = _scaled(batch.matrix)
-    side = matrix.shape[-1]
-    scaled.append(matrix)
-    scales.append(c)
-    finites.append(finite)
-    pad = (0, n - side)
-    grams.append(jnp.pad(symmetric_product(matrix, matrix), ((0, 0), pad, pad)))
-    sides.append(np.full(len(matrix), side))
+  n = max(batch.small for batch in batches)
+  gram_matrix, c, finite = _grams(batches, n)
+  side = np.concatenate([np.full(len(batch.basis), batch.small) for batch in batches])
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))
   basis = jnp.concatenate([pad(batch.basis) for batch in batches])
-  gram_matrix, side = jnp.concatenate(grams), np.concatenate(sides)
-  c, finite = jnp.concatenate(scales), jnp.concatenate(finites)
   join = lambda parts: (np if all(map(known, parts)) else jnp).concatenate(parts)
-  alpha, damping = (join([b[i] for b in batches]) for i in (1, 2))
+  alpha, damping = (join([batch[i] for batch in batches]) for i in (1, 2))
 
   leading = None
   if normalize == 'spectral':
@@ -292,38 +383,37 @@ def _solve_grams(
   else:
     energy = jnp.trace(gram_matrix, axis1=-2, axis2=-1)
     size = _size(energy, normalize, jnp.asarray(side, energy.dtype))
-  unit_gram = gram_matrix / jnp.square(size)[:, None, None]
-  c = c * size
-  factor = 1 / size
+  gain = 1 / (c * size)
   if normalize is None:
-    damping, power = _unscale(alpha, damping, c)
-    factor *= power
+    damping, power = _unscale(alpha, damping, c * size)
+    gain *= power
   problem = Problem(
     matrix=None,
-    gram=unit_gram,
+    gram=gram_matrix,
     alpha=alpha,
     damping=damping,
     largest=np.array([largest_square(normalize, int(s)) for s in side]),
     tolerance=tolerance,
     basis=basis,
+    unit=jnp.square(size),
+    gain=jnp.where(finite, gain, jnp.nan),
   )
   f, error, _ = method.solve(problem)
-  f *= jnp.where(finite, factor, jnp.nan)[:, None, None]
-  ratio = participation_ratio(unit_gram)
+  ratio = participation_ratio(gram_matrix)
   if leading is None:
-    leading = follow(multiply_gram(unit_gram), basis)
-    sigma_max = c * leading.sigma[:, 0]
-  else:
-    sigma_max = c
-  sigma_max = jnp.where(ratio > 0, sigma_max, 0)
+    leading = follow(multiply_gram(gram_matrix), basis)
+  sigma_max = jnp.where(ratio > 0, c * leading.sigma[:, 0], 0)
   whole = _reported(finite, ratio, sigma_max, error, leading.basis)
   results, start = [], 0
-  for matrix in scaled:
-    end, side = start + len(matrix), matrix.shape[-1]
-    update = jnp.matmul(matrix, f[start:end, :side, :side], precision='highest')
-    spectrum = Spectrum(*(x[start:end] for x in whole))
-    results.append((update, spectrum._replace(basis=spectrum.basis[:, :side])))
-    start = end
+  for batch in batches:
+    part = slice(start, start + len(batch.basis))
+    updates = []
+    for matrix in batch.matrices:
+      end = start + len(matrix)
+      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small]))
+      start = end
+    spectrum = Spectrum(*(x[part] for x in whole))
+    results.append((updates, spectrum._replace(basis=spectrum.basis[:, : batch.small])))
   return results
 
 
@@ -356,8 +446,8 @@ def solve_batches(
   normalize: str | None,
   solver: str,
   tolerance: float = DEFAULT_TOLERANCE,
-) -> list[tuple[jax.Array, Spectrum]]:
-  """U T(Σ) Vᵀ and the spectra of batches of matrices, each batch of one shape.
+) -> list[tuple[list[jax.Array], Spectrum]]:
+  """U T(Σ) Vᵀ and the spectra of batches of matrices, each batch of one smaller side.
 
   Args:
     batches: All of one dtype.
@@ -366,33 +456,27 @@ def solve_batches(
     tolerance: See `apply_transfer`.
 
   Returns:
-    For each batch the update (batch, m, n) and a `Spectrum`. A matrix with a NaN or an
-    infinity in it gives an update, and a spectrum, of NaN, and a zero basis.
+    For each batch the updates, piece by piece, and a `Spectrum`. A matrix with a NaN or
+    an infinity in it gives an update, and a spectrum, of NaN, and a zero basis.
   """
-  results: list[tuple[jax.Array, Spectrum] | None] = [None] * len(batches)
+  results: list[tuple[list[jax.Array], Spectrum] | None] = [None] * len(batches)
   of_gram: dict[tuple[str, bool], list[int]] = {}
   for i, batch in enumerate(batches):
     name = choose_solver(
-      solver,
-      batch.alpha,
-      batch.damping,
-      batch.matrix.shape[-1],
-      normalize=normalize,
-      tolerance=tolerance,
+      solver, batch.alpha, batch.damping, batch.small, normalize=normalize, tolerance=tolerance
     )
     if SOLVERS[name].of_gram:
       fixed = known(batch.alpha) and known(batch.damping)
       of_gram.setdefault((name, fixed), []).append(i)
     else:
-      results[i] = _solve_matrices(batch, SOLVERS[name], normalize, tolerance)
+      results[i] = _solve_pieces(batch, SOLVERS[name], normalize, tolerance)
   for (name, _), places in of_gram.items():
     counts: dict[int, int] = {}
     for i in places:
-      side = batches[i].matrix.shape[-1]
-      counts[side] = counts.get(side, 0) + len(batches[i].matrix)
+      counts[batches[i].small] = counts.get(batches[i].small, 0) + len(batches[i].basis)
     to = _joined(counts)
     for size in sorted(set(to.values())):
-      here = [i for i in places if to[batches[i].matrix.shape[-1]] == size]
+      here = [i for i in places if to[batches[i].small] == size]
       solved = _solve_grams([batches[i] for i in here], SOLVERS[name], normalize, tolerance)
       for i, result in zip(here, solved, strict=True):
         results[i] = result
@@ -467,23 +551,21 @@ def apply_transfer(
     return (np if known(value) else jnp).broadcast_to(value, axes).reshape(-1)
 
   flat_matrix = matrix.reshape(-1, *matrix.shape[-2:]).astype(dtype)
-  wide = matrix.shape[-2] < matrix.shape[-1]
-  if wide:
-    flat_matrix = flat_matrix.swapaxes(-1, -2)
-  small = flat_matrix.shape[-1]
+  small = min(matrix.shape[-2:])
   vectors = min(rank or DEFAULT_RANK, small) if solver == 'low_rank' else 1
   batch = Batch(
-    flat_matrix,
+    (flat_matrix,),
     flat(alpha, 'alpha'),
     flat(damping, 'damping'),
     jnp.zeros((len(flat_matrix), small, vectors), dtype),
   )
 
   def solve(batch: Batch) -> tuple[jax.Array, Spectrum]:
-    return solve_batches([batch], normalize=normalize, solver=solver, tolerance=tolerance)[0]
+    found = solve_batches([batch], normalize=normalize, solver=solver, tolerance=tolerance)
+    ((update,), spectrum) = found[0]
+    return update, spectrum
 
   update, spectrum = solve(batch)
   if solver == 'low_rank':  # Once more, from a basis that is warm.
     update, _ = solve(batch._replace(basis=jax.lax.stop_gradient(spectrum.basis)))
-  update = update.swapaxes(-1, -2) if wide else update
   return update.reshape(matrix.shape).astype(matrix.dtype)

@@ -16,36 +16,14 @@ from spectral_optax.solvers._lapack import one_at_a_time
 from spectral_optax.solvers._perturbation import transpose
 
 # Rows in a pivot of the loop; how many blocks a matrix is cut into, and above which size
-# it is (two CPU cores, 64 to 2048 columns); from which size on symmetry is used.
+# it is (two CPU cores, 64 to 2048 columns).
 PIVOT = 32
 BLOCKS = 4
 CUT_ABOVE = 64
-MIRROR_FROM = 256
 
 
 def _matmul(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
   return jnp.matmul(a, b, precision=precision, preferred_element_type=a.dtype)
-
-
-def symmetric_product(left: jax.Array, right: jax.Array, precision: str = 'highest') -> jax.Array:
-  """Leftᵀ right where it is symmetric: (batch, m, n), (batch, m, n) -> (batch, n, n).
-
-  A large one by block rows from the diagonal on, the rest mirrored: 5/8 of the work.
-  """
-  n = left.shape[-1]
-  if n < MIRROR_FROM:
-    return _matmul(transpose(left), right, precision)
-  size = -(-n // BLOCKS)
-  rows = [
-    jnp.pad(
-      _matmul(transpose(left[:, :, s : s + size]), right[:, :, s:], precision),
-      ((0, 0), (0, 0), (s, 0)),
-    )
-    for s in range(0, n, size)
-  ]
-  upper = jnp.concatenate(rows, axis=-2)
-  block = jnp.arange(n) // size
-  return jnp.where((block[:, None] <= block[None, :])[None], upper, transpose(upper))
 
 
 def inverse_factor(

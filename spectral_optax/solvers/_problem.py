@@ -12,7 +12,10 @@ class Problem(NamedTuple):
   Attributes:
     matrix: (batch, m, n) with m ≥ n, float32 or float64, finite, already normalised;
       None for methods that look at GᵀG alone.
-    gram: (batch, n, n), its Gram matrix GᵀG; for methods that say so.
+    gram: (batch, n, n), its Gram matrix GᵀG; for methods that say so. Of methods that
+      look at nothing else it is not normalised: see `unit`.
+    unit: (batch,), what the eigenvalues of `gram` are divided by to be the normalised σ².
+    gain: (batch,), a factor that the answer is to have.
     alpha: Curvature exponents, (batch,). A NumPy array if known while tracing.
     damping: d, likewise.
     largest: The largest σ² that the normalisation allows, (batch,).
@@ -28,6 +31,8 @@ class Problem(NamedTuple):
   largest: np.ndarray
   tolerance: float
   basis: jax.Array
+  unit: jax.Array | float = 1.0
+  gain: jax.Array | float = 1.0
 
 
 class Leading(NamedTuple):
@@ -47,7 +52,7 @@ class Solution(NamedTuple):
 
   Attributes:
     update: (batch, m, n), U T(Σ) Vᵀ; of methods that look at GᵀG alone, (batch, n, n),
-      f(GᵀG) with G f(GᵀG) = U T(Σ) Vᵀ.
+      gain · f(GᵀG / unit) with G f(GᵀG) = U T(Σ) Vᵀ.
     error: (batch,) or (), how far T may be off, relative, rounding aside.
     leading: From methods that find leading singular vectors on their way.
   """

@@ -61,10 +61,12 @@ def solve(problem: Problem) -> Solution:
   dtype, n = gram.dtype, gram.shape[-1]
   mixture, log_turn = _mixtures(problem)
   to = lambda x: jnp.asarray(x, dtype)
-  turn = jnp.exp(to(log_turn))[:, None]
-  scale = jnp.exp(to(-problem.alpha / 2 * log_turn))[:, None]  # f in units of λ*^(-α/2).
-  poles = to(mixture.poles) * turn
-  weights = scale * to(mixture.weights) * poles
+  # In units of `gram`, so that the large matrix stays as it is.
+  turn = jnp.exp(to(log_turn)) * problem.unit
+  # f in units of λ*^(-α/2).
+  scale = jnp.exp(to(-problem.alpha / 2 * log_turn)) * problem.gain
+  poles = to(mixture.poles) * turn[:, None]
+  weights = scale[:, None] * to(mixture.weights) * poles
   # Rounding moves the eigenvalues of GᵀG by about ε σ_max²: a pole below that would be
   # met by an eigenvalue on its other side.
   size = jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1)))
@@ -73,5 +75,5 @@ def solve(problem: Problem) -> Solution:
   unit = jnp.eye(n, dtype=dtype)[None, None]
   shifted = gram[:, None] + shift[:, :, None, None] * unit
   total = weighted_inverses(shifted, weights, shift / 2)
-  constant = scale[:, 0] * to(mixture.constant)
+  constant = scale * to(mixture.constant)
   return Solution(total + constant[:, None, None] * unit[0], to(mixture.error))
