@@ -297,6 +297,61 @@ def test_same_shapes_are_one_batch():
   assert jaxpr.count('custom_linear_solve') == 2
 
 
+@pytest.mark.parametrize('solver', ['auto', 'gram'])
+def test_large_parameters_alone_give_what_a_stack_gives(solver, monkeypatch):
+  """Both ways round, square, stacked, and of sides that are joined: order and size too."""
+  shapes = {'wide': (4, 9), 'tall': (9, 4), 'b': (9, 4), 'square': (4, 4), 'stack': (2, 5, 6)}
+  params = {name: {'kernel': jnp.ones(shape)} for name, shape in shapes.items()}
+  params['stack']['bias'] = jnp.ones((2, 6))
+  grads = random_like(params)
+  found = []
+  for alone in (transform.ALONE, 1):
+    monkeypatch.setattr(transform, 'ALONE', alone)
+    tx = spectral_optax.scale_by_spectral_newton(1.5, momentum=0.0, solver=solver)
+    found.append(jax.jit(tx.update)(grads, tx.init(params)))
+  assert_trees_close(*found, rtol=1e-4, atol=1e-5)
+  for name, state in found[0][1][1]._asdict().items():
+    if name != 'count':
+      assert set(state) == {f'{path}/kernel' for path in shapes}
+      assert state['stack/kernel'].shape[:1] == (2,)
+  exact = reference.update(grads['tall']['kernel'], 1.5, 0.06**1.5)
+  got = found[0][0]['tall']['kernel']
+  scaled = exact * (0.2 / np.sqrt(np.mean(exact**2)))
+  assert reference.relative_error(got, scaled) <= 0.2  # Within the tolerance, and rescaled.
+
+
+def test_update_size_inside_the_transfer_is_that_after_it():
+  params = mixed_params()
+  grads = random_like(params)
+  inside = spectral_optax.scale_by_spectral_transfer(1.5, 0.1, update_rms=0.3)
+  after = optax.chain(
+    spectral_optax.scale_by_spectral_transfer(1.5, 0.1), spectral_optax.scale_to_rms(0.3)
+  )
+  (a, _), (b, _) = (jax.jit(tx.update)(grads, tx.init(params)) for tx in (inside, after))
+  assert_trees_close(a, b, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(np.sqrt(np.mean(np.square(a['head']['kernel']))), 0.3, rtol=1e-5)
+
+
+@pytest.mark.parametrize('scale', [1e-25, 1.0, 1e25])
+def test_one_matrix_out_of_range_is_no_trouble_to_the_others(scale):
+  params = {n: {'kernel': jnp.ones((6, 4))} for n in 'abc'} | {'d': {'kernel': jnp.ones((9, 5))}}
+  grads = random_like(params)
+  tx = spectral_optax.scale_by_spectral_transfer(2.0, 0.1, solver='rational')
+  update = jax.jit(tx.update)
+  expected, _ = update(grads, tx.init(params))
+  grads['b']['kernel'] *= scale
+  updates, state = update(grads, tx.init(params))
+  assert_trees_close(updates, expected, rtol=1e-4, atol=1e-5)
+  sigma = np.linalg.norm(np.float64(grads['b']['kernel']), 2)
+  assert 0.5 * sigma < state.sigma_max['b/kernel'] <= 1.0001 * sigma
+  grads['b']['kernel'] *= jnp.nan
+  updates, state = update(grads, tx.init(params))
+  assert np.isnan(updates['b']['kernel']).all()
+  assert np.isnan(state.sigma_max['b/kernel'])
+  del updates['b'], expected['b']
+  assert_trees_close(updates, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_preconditioner_before_and_normalisation_after():
   """A SOAP-like basis before the transfer, NorMuon-like rows after it."""
   params = {'kernel': jax.random.normal(jax.random.key(0), (6, 4))}
@@ -343,6 +398,29 @@ def test_state_says_what_is_known_of_the_spectrum():
   np.testing.assert_allclose(get('sigma_max')['layers/kernel'], stacked[:, 0], rtol=0.02)
   assert get('alpha')['Conv_0/kernel'] == 2.0
   assert get('damping')['head/kernel'] == np.float32(0.015)
+
+
+def test_statistics_by_path_are_a_mapping_and_one_array():
+  params = mixed_params()
+  tx = spectral_optax.scale_by_spectral_transfer(jnp.array(2.0), 0.1)
+  state = jax.jit(tx.update)(random_like(params), tx.init(params))[1]
+  assert len(jax.tree.leaves(state)) == len(state)
+  sigma = state.sigma_max
+  assert dict(sigma).keys() == sigma.keys() == state.basis.keys()
+  assert len(sigma) == 5
+  assert state.basis['layers/kernel'].shape[0] == 3
+  norms = np.linalg.norm(state.basis['layers/kernel'], axis=1)
+  np.testing.assert_allclose(norms, np.ones((3, 1)), rtol=1e-5)
+  with pytest.raises(KeyError, match='no/kernel'):
+    sigma['no/kernel']
+  flags = jax.tree.map(lambda _: True, state)
+  assert flags == jax.tree.map(lambda _: True, state)
+  assert flags != jax.tree.map(lambda _: False, state)
+  # Under a vmap its axis comes first.
+  seeds = jax.vmap(lambda a: spectral_optax.scale_by_spectral_transfer(a, 0.1).init(params))(
+    jnp.array([1.0, 2.0])
+  )
+  np.testing.assert_array_equal(seeds.alpha['layers/kernel'], [[1.0] * 3, [2.0] * 3])
 
 
 def test_bad_gradients_reach_the_update_and_leave_the_state():

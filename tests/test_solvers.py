@@ -289,6 +289,16 @@ def test_auto_takes_what_can_meet_the_tolerance():
   assert solvers.choose_solver('svd', 2.0, 0.1, 64) == 'svd'
 
 
+def test_auto_decomposes_where_poles_would_cost_more():
+  """On a CPU alone, and from the more poles on the larger a matrix is."""
+  choose = lambda n, tolerance, backend: solvers.choose_solver(
+    'auto', 0.85, 0.06**0.85, n, tolerance=tolerance, backend=backend
+  )
+  assert choose(64, 0.1, 'cpu') == choose(2048, 0.01, 'cpu') == 'rational'
+  assert choose(64, 1e-3, 'cpu') == 'gram'
+  assert choose(64, 1e-3, 'gpu') == choose(64, 1e-3, 'tpu') == 'rational'
+
+
 @pytest.mark.parametrize('solver', ['svd', 'gram'])
 def test_one_alpha_and_damping_for_each_matrix(solver):
   g = np.stack([MATRICES['square']] * 3)

@@ -71,6 +71,14 @@ def _is_exactly_two(alpha: Any) -> bool:
   return known(alpha) and bool(np.all(np.asarray(alpha) == 2))
 
 
+# From how many poles on an eigendecomposition is the quicker way, by the smaller side (the
+# nearest below), on two CPU cores: `benchmarks/step_time.py --calibrate`. Elsewhere it is
+# never: there it is slow to run, and on a TPU takes minutes to compile.
+MOST_POLES: Mapping[str, Mapping[int, int]] = {
+  'cpu': {1: 7, 128: 8, 512: 11},
+}
+
+
 def choose_solver(
   solver: str,
   alpha: Any,
@@ -79,12 +87,13 @@ def choose_solver(
   *,
   normalize: str | None = 'rms',
   tolerance: float = DEFAULT_TOLERANCE,
+  backend: str | None = None,
 ) -> str:
   """The method that runs: `solver`, or for "auto" the cheapest that is good enough.
 
-  That is "rational" wherever its poles can meet the tolerance. Left for "gram" are α
-  above 2, tolerances that need more poles than there may be, and a d so small that T
-  has not turned at what float32 can see.
+  That is "rational" wherever its poles can meet the tolerance and are no more than
+  `MOST_POLES`. Left for "gram" are α above 2, tolerances that need more poles, and a d
+  so small that T has not turned at what float32 can see.
 
   Args:
     solver: "auto" or a key of `SOLVERS`, which comes back as it is.
@@ -93,6 +102,8 @@ def choose_solver(
     small: The smaller side of the matrices.
     normalize: See `apply_transfer`.
     tolerance: See `apply_transfer`.
+    backend: "cpu", "gpu" or "tpu"; None for JAX's default. A program that is compiled for
+      another machine than it is traced on needs `solver` by name.
   """
   if solver != 'auto':
     return solver
@@ -100,8 +111,11 @@ def choose_solver(
     return 'gram'
   if not known(alpha) or not known(damping):
     return 'rational' if tolerance >= rational.SMALLEST_TRACED_TOLERANCE else 'gram'
-  error = rational.static_error(alpha, damping, largest_square(normalize, small), tolerance)
-  return 'rational' if error <= tolerance else 'gram'
+  largest = largest_square(normalize, small)
+  error, poles = rational.static_fit(alpha, damping, largest, tolerance)
+  limits = MOST_POLES.get(jax.default_backend() if backend is None else backend, {})
+  most = [limits[side] for side in sorted(limits) if side <= small]
+  return 'rational' if error <= tolerance and poles <= (most or [poles])[-1] else 'gram'
 
 
 def check_solver(

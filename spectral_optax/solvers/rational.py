@@ -31,14 +31,17 @@ def _static(
   return _mixture.fit(alpha, reach, delta, tolerance), log_turn
 
 
-def static_error(alpha: ArrayLike, damping: ArrayLike, largest: float, tolerance: float) -> float:
-  """The largest error that T has with as many poles as there may be."""
+def static_fit(
+  alpha: ArrayLike, damping: ArrayLike, largest: float, tolerance: float
+) -> tuple[float, int]:
+  """The largest error that T has with as many poles as it takes or there may be; and those."""
   _, _, delta = _mixture.turning_point(
     np.asarray(alpha, np.float64), np.asarray(damping, np.float64), largest, np
   )
   if np.any((np.asarray(alpha) > 0.1) & ~_mixture.turn_is_seen(delta)):
-    return np.inf  # λ* is below what GᵀG in float32 can show.
-  return float(_static(alpha, damping, largest, tolerance)[0].error.max())
+    return np.inf, 0  # λ* is below what GᵀG in float32 can show.
+  mixture = _static(alpha, damping, largest, tolerance)[0]
+  return float(mixture.error.max()), mixture.poles.shape[1]
 
 
 def _mixtures(problem: Problem) -> tuple[_mixture.Mixture, np.ndarray | jax.Array]:
@@ -72,8 +75,22 @@ def solve(problem: Problem) -> Solution:
   size = jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1)))
   floor = 4 * jnp.finfo(dtype).eps * size + jnp.finfo(dtype).tiny
   shift = jnp.maximum(poles, floor[:, None])
-  unit = jnp.eye(n, dtype=dtype)[None, None]
-  shifted = gram[:, None] + shift[:, :, None, None] * unit
-  total = weighted_inverses(shifted, weights, shift / 2)
+  total = _inverses(gram, weights, shift)
   constant = scale * to(mixture.constant)
-  return Solution(total + constant[:, None, None] * unit[0], to(mixture.error))
+  unit = jnp.eye(n, dtype=dtype)[None]
+  return Solution(total + constant[:, None, None] * unit, to(mixture.error))
+
+
+def _inverses(gram: jax.Array, weights: jax.Array, shift: jax.Array) -> jax.Array:
+  """Σ weights (A + shift I)⁻¹: (batch, n, n), (batch, poles), (batch, poles) -> (batch, n, n)."""
+
+  def together(gram, weights, shift):
+    unit = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None, None]
+    return weighted_inverses(gram[:, None] + shift[:, :, None, None] * unit, weights, shift / 2)
+
+  def one_by_one(*batch):  # What a CPU works on stays in its cache.
+    return jax.lax.map(lambda one: together(*(x[None] for x in one))[0], batch)
+
+  if len(gram) == 1:
+    return together(gram, weights, shift)
+  return jax.lax.platform_dependent(gram, weights, shift, cpu=one_by_one, default=together)
