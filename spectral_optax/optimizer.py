@@ -72,7 +72,8 @@ def spectral_newton(
       ``"low_rank"``; see `apply_transfer`.
     tolerance: Relative error of T that "auto" and the approximate solvers may make,
       0.1 by default; see `apply_transfer`.
-    rank: How many leading directions ``"low_rank"`` takes; 16 by default.
+    rank: How many leading directions ``"low_rank"`` takes; by default 16, or 64 where 16
+      do not meet `tolerance`.
     update_rms: Root mean square of each matrix's update in units of the learning
       rate; see `scale_to_rms`. None to leave the size that T gives.
     weight_decay: Decoupled weight decay of the matrices, times the learning rate.

@@ -281,10 +281,6 @@ def scale_by_spectral_transfer(
   if _is_number(damping):
     solvers.check_hyperparams('auto', 0.0, damping)
 
-  def vectors(small: int) -> int:
-    """How many leading singular vectors are carried along."""
-    return min(rank or solvers.DEFAULT_RANK, small) if solver == 'low_rank' else 1
-
   def plan(params):
     """Views in the order in which they are kept, values, and the dtype of each."""
     views = layout.matrix_views(params, weight_dimension_numbers)
@@ -296,7 +292,7 @@ def scale_by_spectral_transfer(
 
   def basis_shape(view: layout.MatrixView) -> tuple[int, ...]:
     small = min(view.rows, view.columns)
-    return (*view.batch_shape, small, vectors(small))
+    return (*view.batch_shape, small, solvers.vectors(solver, rank, small))
 
   def make_state(count, views, columns) -> SpectralTransferState:
     if not views:
@@ -376,8 +372,9 @@ def scale_by_spectral_transfer(
       alphas, dampings = ((np if fixed else jnp).concatenate(of) for of in given.values())
       for of, value in zip(numbers.values(), (alphas, dampings), strict=True):
         of.append(jnp.asarray(value, flat_basis.dtype))
-      end = start + len(alphas) * small * vectors(small)
-      basis = flat_basis[start:end].reshape(-1, small, vectors(small)).astype(name)
+      width = solvers.vectors(solver, rank, small)
+      end = start + len(alphas) * small * width
+      basis = flat_basis[start:end].reshape(-1, small, width).astype(name)
       start = end
       batches.setdefault(name, []).append(solvers.Batch(matrices, alphas, dampings, basis))
       members.setdefault(name, []).append(list(pieces.values()))
@@ -386,7 +383,11 @@ def scale_by_spectral_transfer(
     spectra: dict[str, list[jax.Array]] = {name: [] for name in solvers.Spectrum._fields}
     for name, of_dtype in batches.items():
       solved = solvers.solve_batches(
-        of_dtype, normalize=normalize, solver=solver, tolerance=tolerance
+        of_dtype,
+        normalize=normalize,
+        solver=solver,
+        tolerance=tolerance,
+        choose_rank=rank is None,
       )
       for pieces, (results, spectrum) in zip(members[name], solved, strict=True):
         for paths, matrices in zip(pieces, results, strict=True):

@@ -158,6 +158,31 @@ def test_low_rank_bound_holds_and_what_it_leaves_out_shows():
     assert bounds[0] > bounds[1]
 
 
+def test_low_rank_takes_as_many_directions_as_its_tolerance_asks_for():
+  """Forty directions stand out: 16 will not do, and 64 are taken; of eight, 16 are enough."""
+  rng = np.random.default_rng(0)
+  u, v = (np.linalg.qr(rng.standard_normal((k, 90)))[0] for k in (120, 90))
+  for strong, taken in ((8, 16), (40, 64)):
+    sigma = np.where(np.arange(90) < strong, 1.0, 1e-3)
+    g = ((u * sigma) @ v.T).astype(np.float32)
+    basis = jnp.zeros((1, 90, 64))
+    for _ in range(4):
+      # Columns that a step does not use stay as they are: here, zero.
+      batch = solvers.Batch(
+        (jnp.asarray(g)[None],), np.full(1, 1.5), np.full(1, 0.1), basis.at[:, :, 16:].set(0)
+      )
+      (((update,), spectrum),) = solvers.solve_batches(
+        [batch], normalize='rms', solver='low_rank', choose_rank=True
+      )
+      basis = spectrum.basis
+    assert np.count_nonzero(np.any(np.asarray(basis[0]) != 0, axis=0)) == taken
+    assert spectrum.transfer_error[0] <= solvers.DEFAULT_TOLERANCE
+    exact = reference.update(g, 1.5, 0.1)
+    assert reference.relative_error(update[0], exact) <= spectrum.transfer_error[0] + 1e-4
+    ratio = np.sum(sigma**2) ** 2 / np.sum(sigma**4)
+    np.testing.assert_allclose(spectrum.participation_ratio, [ratio], rtol=1e-3)
+
+
 def test_low_rank_keeps_its_basis_whatever_the_normalization():
   """A decaying spectrum, eight directions: as good after some steps, and no step is cold."""
   g = (MATRICES['tall'] * np.float32(2.0) ** -np.arange(20, dtype=np.float32))[None]

@@ -63,7 +63,11 @@ NORMALIZATIONS = ('rms', 'spectral', 'frobenius', None)
 
 # Relative error of T that "auto" and the approximate solvers may make.
 DEFAULT_TOLERANCE = 0.1
-DEFAULT_RANK = 16
+
+
+def vectors(solver: str, rank: int | None, small: int) -> int:
+  """How many leading singular vectors are carried along."""
+  return min(rank or low_rank.RANKS[-1], small) if solver == 'low_rank' else 1
 
 
 def _is_exactly_two(alpha: Any) -> bool:
@@ -263,7 +267,7 @@ class _Piece(NamedTuple):
 
 
 def _solve_matrices(
-  batch: _Piece, method: Method, normalize: str | None, tolerance: float
+  batch: _Piece, method: Method, normalize: str | None, tolerance: float, choose_rank: bool
 ) -> tuple[jax.Array, Spectrum]:
   """For methods that look at the matrix itself."""
   matrix, c, finite = _scaled(batch.matrix)
@@ -291,6 +295,7 @@ def _solve_matrices(
     largest=np.full(len(alpha), largest_square(normalize, n)),
     tolerance=tolerance,
     basis=batch.basis,
+    choose_rank=choose_rank,
   )
   update, error, found = method.solve(problem)
   if factor is not None:
@@ -309,7 +314,7 @@ def _solve_matrices(
 
 
 def _solve_pieces(
-  batch: Batch, method: Method, normalize: str | None, tolerance: float
+  batch: Batch, method: Method, normalize: str | None, tolerance: float, choose_rank: bool
 ) -> tuple[list[jax.Array], Spectrum]:
   """`_solve_matrices`, of pieces of one shape, either way round, at once."""
   lengths = [len(matrix) for matrix in batch.matrices]
@@ -324,7 +329,7 @@ def _solve_pieces(
     tall = [transpose(updates[i]) if wide[i] else updates[i] for i in of]
     here = np.concatenate([numbers[i] for i in of])
     piece = _Piece(jnp.concatenate(tall), *(x[here] for x in batch[1:]))
-    solved, spectrum = _solve_matrices(piece, method, normalize, tolerance)
+    solved, spectrum = _solve_matrices(piece, method, normalize, tolerance, choose_rank)
     spectra.append(spectrum)
     parts = jnp.split(solved, np.cumsum([lengths[i] for i in of])[:-1])
     for i, update in zip(of, parts, strict=True):
@@ -460,6 +465,7 @@ def solve_batches(
   normalize: str | None,
   solver: str,
   tolerance: float = DEFAULT_TOLERANCE,
+  choose_rank: bool = False,
 ) -> list[tuple[list[jax.Array], Spectrum]]:
   """U T(Σ) Vᵀ and the spectra of batches of matrices, each batch of one smaller side.
 
@@ -468,6 +474,7 @@ def solve_batches(
     normalize: See `apply_transfer`.
     solver: "auto" or a key of `SOLVERS`.
     tolerance: See `apply_transfer`.
+    choose_rank: Whether "low_rank" may take fewer directions than the bases have.
 
   Returns:
     For each batch the updates, piece by piece, and a `Spectrum`. A matrix with a NaN or
@@ -483,7 +490,7 @@ def solve_batches(
       fixed = known(batch.alpha) and known(batch.damping)
       of_gram.setdefault((name, fixed), []).append(i)
     else:
-      results[i] = _solve_pieces(batch, SOLVERS[name], normalize, tolerance)
+      results[i] = _solve_pieces(batch, SOLVERS[name], normalize, tolerance, choose_rank)
   for (name, _), places in of_gram.items():
     counts: dict[int, int] = {}
     for i in places:
@@ -529,7 +536,8 @@ def apply_transfer(
       `tolerance`, else ``"gram"``.
     tolerance: Relative error of T that is allowed at any σ, of methods that approximate
       it; 0.1 by default. Known while tracing.
-    rank: How many directions ``"low_rank"`` takes; 16 by default.
+    rank: How many directions ``"low_rank"`` takes; by default 16, or 64 where 16 do not
+      meet `tolerance`.
 
   Returns:
     Same shape and dtype as `matrix`. Zero for a zero matrix; NaN throughout for a
@@ -566,16 +574,21 @@ def apply_transfer(
 
   flat_matrix = matrix.reshape(-1, *matrix.shape[-2:]).astype(dtype)
   small = min(matrix.shape[-2:])
-  vectors = min(rank or DEFAULT_RANK, small) if solver == 'low_rank' else 1
   batch = Batch(
     (flat_matrix,),
     flat(alpha, 'alpha'),
     flat(damping, 'damping'),
-    jnp.zeros((len(flat_matrix), small, vectors), dtype),
+    jnp.zeros((len(flat_matrix), small, vectors(solver, rank, small)), dtype),
   )
 
   def solve(batch: Batch) -> tuple[jax.Array, Spectrum]:
-    found = solve_batches([batch], normalize=normalize, solver=solver, tolerance=tolerance)
+    found = solve_batches(
+      [batch],
+      normalize=normalize,
+      solver=solver,
+      tolerance=tolerance,
+      choose_rank=rank is None,
+    )
     ((update,), spectrum) = found[0]
     return update, spectrum
 

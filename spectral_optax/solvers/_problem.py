@@ -16,6 +16,8 @@ class Problem(NamedTuple):
       look at nothing else it is not normalised: see `unit`.
     unit: (batch,), what the eigenvalues of `gram` are divided by to be the normalised σ².
     gain: (batch,), a factor that the answer is to have.
+    choose_rank: Whether fewer directions than `basis` has room for will do, if they meet
+      `tolerance`.
     alpha: Curvature exponents, (batch,). A NumPy array if known while tracing.
     damping: d, likewise.
     largest: The largest σ² that the normalisation allows, (batch,).
@@ -33,6 +35,7 @@ class Problem(NamedTuple):
   basis: jax.Array
   unit: jax.Array | float = 1.0
   gain: jax.Array | float = 1.0
+  choose_rank: bool = False
 
 
 class Leading(NamedTuple):

@@ -19,6 +19,8 @@ from spectral_optax.solvers._problem import Leading, Problem, Solution
 from spectral_optax.transfer import transfer_ratio
 
 ITERATIONS = 2
+# What there is to choose from; the last is what the basis in the state has room for.
+RANKS = (16, 64)
 
 
 def _decompose(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,7 +71,46 @@ def _subspace(matrix: jax.Array, basis: jax.Array, iterations: int) -> jax.Array
 
 
 def solve(problem: Problem) -> Solution:
-  """See `spectral_optax.solvers` for the signature that all solvers share."""
+  """See `spectral_optax.solvers` for the signature that all solvers share.
+
+  With as many directions as the basis has columns; or, if the rank is the solver's to
+  choose, with the fewest of `RANKS` whose bound meets the tolerance for all of the batch.
+  """
+  most = problem.basis.shape[-1]
+  ranks = [r for r in RANKS if r < most] if problem.choose_rank else []
+
+  def from_rank(i: int) -> Solution:
+    rank = [*ranks, most][i]
+    found = _widened(_with_rank(problem, rank), problem)
+    if rank == most:
+      return found
+    good = jnp.all(found.error <= problem.tolerance)
+    return jax.lax.cond(good, lambda: found, lambda: from_rank(i + 1))
+
+  return from_rank(0)
+
+
+def _widened(found: Solution, problem: Problem) -> Solution:
+  """With columns for as many directions as the problem's basis has."""
+  assert found.leading is not None
+  assert problem.matrix is not None
+  sigma, basis = found.leading
+  (batch, n, most), rank = problem.basis.shape, sigma.shape[-1]
+  if rank == most:
+    return found
+  # What was left out counts as flat, as it does where nothing more is known.
+  energy = jnp.sum(jnp.square(problem.matrix), axis=(-2, -1))
+  rest = jnp.maximum(energy - jnp.sum(jnp.square(sigma), axis=-1), 0) / (n - rank)
+  flat = jnp.broadcast_to(jnp.sqrt(rest)[:, None], (batch, most - rank))
+  leading = Leading(
+    jnp.concatenate([sigma, flat], axis=-1),
+    jnp.concatenate([basis, problem.basis[:, :, rank:]], axis=-1),
+  )
+  return found._replace(leading=leading)
+
+
+def _with_rank(problem: Problem, rank: int) -> Solution:
+  problem = problem._replace(basis=problem.basis[:, :, :rank])
   matrix = problem.matrix
   assert matrix is not None
   alpha, damping = (jnp.asarray(x, matrix.dtype)[:, None] for x in (problem.alpha, problem.damping))
