@@ -103,12 +103,12 @@ class ByPath(Mapping[str, jax.Array]):
   known of them, not hundreds.
 
   Attributes:
-    values: All of them, flat; leading axes (of a `vmap` over optimizers, say) come first.
-    shapes: The paths and shapes, in the order in which they lie in `values`.
+    flat: All of them; leading axes (of a `vmap` over optimizers, say) come first.
+    shapes: The paths and shapes, in the order in which they lie in `flat`.
   """
 
-  def __init__(self, values: Any, shapes: Sequence[tuple[str, tuple[int, ...]]]):
-    self.values_by_path = values
+  def __init__(self, flat: Any, shapes: Sequence[tuple[str, tuple[int, ...]]]):
+    self.flat = flat
     self.shapes = tuple(shapes)
 
   def __getitem__(self, path: str) -> jax.Array:
@@ -116,7 +116,7 @@ class ByPath(Mapping[str, jax.Array]):
     for name, shape in self.shapes:
       end = start + math.prod(shape)
       if name == path:
-        part = self.values_by_path[..., start:end]
+        part = self.flat[..., start:end]
         return part.reshape(part.shape[:-1] + shape)
       start = end
     raise KeyError(path)
@@ -131,16 +131,16 @@ class ByPath(Mapping[str, jax.Array]):
     # Of leaves that are not arrays too: trees of shapes, of flags.
     if not isinstance(other, ByPath):
       return NotImplemented
-    return self.shapes == other.shapes and self.values_by_path == other.values_by_path
+    return self.shapes == other.shapes and self.flat == other.flat
 
   __hash__ = None
 
   def __repr__(self) -> str:
-    return f'ByPath({self.values_by_path!r}, {self.shapes!r})'
+    return f'ByPath({self.flat!r}, {self.shapes!r})'
 
   def tree_flatten_with_keys(self):
     """For JAX: one leaf."""
-    return ((jax.tree_util.GetAttrKey('values'), self.values_by_path),), self.shapes
+    return ((jax.tree_util.GetAttrKey('flat'), self.flat),), self.shapes
 
   @classmethod
   def tree_unflatten(cls, shapes, leaves):
@@ -349,7 +349,7 @@ def scale_by_spectral_transfer(
 
     order = [path for pieces in grouped.values() for paths in pieces.values() for path in paths]
     flat_basis = _in_order(
-      state.basis.values_by_path,
+      state.basis.flat,
       [(path, math.prod(basis_shape(views[path]))) for path in kept],
       order,
     )

@@ -328,7 +328,7 @@ def _solve_pieces(
     wide = {i: updates[i].shape[-2] < updates[i].shape[-1] for i in of}
     tall = [transpose(updates[i]) if wide[i] else updates[i] for i in of]
     here = np.concatenate([numbers[i] for i in of])
-    piece = _Piece(jnp.concatenate(tall), *(x[here] for x in batch[1:]))
+    piece = _Piece(jnp.concatenate(tall), batch.alpha[here], batch.damping[here], batch.basis[here])
     solved, spectrum = _solve_matrices(piece, method, normalize, tolerance, choose_rank)
     spectra.append(spectrum)
     parts = jnp.split(solved, np.cumsum([lengths[i] for i in of])[:-1])
