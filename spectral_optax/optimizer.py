@@ -68,8 +68,8 @@ def spectral_newton(
       parameter's.
     normalize: What σ is divided by before T: ``"rms"``, ``"spectral"``,
       ``"frobenius"`` or None; see `apply_transfer`.
-    solver: ``"auto"``, ``"svd"``, ``"gram"``, ``"cholesky"``, ``"rational"`` or
-      ``"low_rank"``; see `apply_transfer`.
+    solver: ``"auto"``, ``"svd"``, ``"gram"``, ``"cholesky"``, ``"rational"``,
+      ``"polynomial"`` or ``"low_rank"``; see `apply_transfer`.
     tolerance: Relative error of T that "auto" and the approximate solvers may make,
       0.1 by default; see `apply_transfer`.
     rank: How many leading directions ``"low_rank"`` takes; by default 16, or 64 where 16

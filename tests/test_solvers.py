@@ -322,6 +322,9 @@ def test_auto_decomposes_where_poles_would_cost_more():
   assert choose(64, 0.1, 'cpu') == choose(2048, 0.01, 'cpu') == 'rational'
   assert choose(64, 1e-3, 'cpu') == 'gram'
   assert choose(64, 1e-3, 'gpu') == choose(64, 1e-3, 'tpu') == 'rational'
+  above = lambda alpha, backend: solvers.choose_solver('auto', alpha, 0.1, 32, backend=backend)
+  assert above(2.3, 'tpu') == 'polynomial'
+  assert above(2.3, 'cpu') == above(4.0, 'tpu') == 'gram'
 
 
 @pytest.mark.parametrize('solver', ['svd', 'gram'])

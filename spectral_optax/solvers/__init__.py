@@ -10,6 +10,7 @@ orientation, dtype, normalisation and bad numbers are dealt with here, once for 
 methods. A new solver is a new file and a line in `SOLVERS`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from spectral_optax.solvers import cholesky, gram, low_rank, rational, svd
+from spectral_optax.solvers import cholesky, gram, low_rank, polynomial, rational, svd
 from spectral_optax.solvers._perturbation import transpose
 from spectral_optax.solvers._problem import Problem, Solution, known
 from spectral_optax.solvers._spectrum import (
@@ -57,6 +58,7 @@ SOLVERS = {
   'gram': Method(gram.solve),
   'cholesky': Method(cholesky.solve, largest_alpha=2.0),
   'rational': Method(rational.solve, of_gram=True, largest_alpha=2.0),
+  'polynomial': Method(polynomial.solve),
   'low_rank': Method(low_rank.solve, needs_gram=False),
 }
 NORMALIZATIONS = ('rms', 'spectral', 'frobenius', None)
@@ -81,6 +83,8 @@ def _is_exactly_two(alpha: Any) -> bool:
 MOST_POLES: Mapping[str, Mapping[int, int]] = {
   'cpu': {1: 7, 128: 8, 512: 11},
 }
+# T at the largest σ is a difference of iterates, and above this α of too many digits.
+POLYNOMIAL_ALPHA = 2.5
 
 
 def choose_solver(
@@ -97,7 +101,8 @@ def choose_solver(
 
   That is "rational" wherever its poles can meet the tolerance and are no more than
   `MOST_POLES`. Left for "gram" are α above 2, tolerances that need more poles, and a d
-  so small that T has not turned at what float32 can see.
+  so small that T has not turned at what float32 can see; but for "polynomial" α up to
+  `POLYNOMIAL_ALPHA` where a decomposition is slow.
 
   Args:
     solver: "auto" or a key of `SOLVERS`, which comes back as it is.
@@ -111,13 +116,17 @@ def choose_solver(
   """
   if solver != 'auto':
     return solver
+  backend = jax.default_backend() if backend is None else backend
+  largest = largest_square(normalize, small)
   if known(alpha) and np.any(np.asarray(alpha) > SOLVERS['rational'].largest_alpha):
-    return 'gram'
+    if backend == 'cpu' or not known(damping) or np.any(np.asarray(alpha) > POLYNOMIAL_ALPHA):
+      return 'gram'
+    error = polynomial.static_error(alpha, damping, largest, tolerance)
+    return 'polynomial' if error <= tolerance else 'gram'
   if not known(alpha) or not known(damping):
     return 'rational' if tolerance >= rational.SMALLEST_TRACED_TOLERANCE else 'gram'
-  largest = largest_square(normalize, small)
   error, poles = rational.static_fit(alpha, damping, largest, tolerance)
-  limits = MOST_POLES.get(jax.default_backend() if backend is None else backend, {})
+  limits = MOST_POLES.get(backend, {})
   most = [limits[side] for side in sorted(limits) if side <= small]
   return 'rational' if error <= tolerance and poles <= (most or [poles])[-1] else 'gram'
 
@@ -210,16 +219,62 @@ def _is_wide(matrix: jax.Array) -> bool:
   return matrix.shape[-2] <= matrix.shape[-1]
 
 
-def _gram(matrix: jax.Array) -> jax.Array:
-  """GᵀG or G Gᵀ, of the smaller side."""
+def _gram(matrix: jax.Array, half: bool = False) -> jax.Array:
+  """GᵀG or G Gᵀ, of the smaller side; `half`: of G rounded to bfloat16, off a CPU."""
   equation = 'bij,bkj->bik' if _is_wide(matrix) else 'bji,bjk->bik'
-  return jnp.einsum(equation, matrix, matrix, precision='highest')
+  multiply = functools.partial(jnp.einsum, equation, preferred_element_type=matrix.dtype)
+  exact = lambda x: multiply(x, x, precision='highest')
+  if not half:
+    return exact(matrix)
+
+  def rounded(x):  # Products of bfloat16 are exact in float32: the Gram matrix of that G.
+    x = x.astype(jnp.bfloat16)
+    return multiply(x, x)
+
+  return jax.lax.platform_dependent(matrix, cpu=exact, default=rounded)
 
 
-def _apply(matrix: jax.Array, f: jax.Array) -> jax.Array:
-  """G f(GᵀG), or f(G Gᵀ) G."""
-  left, right = (f, matrix) if _is_wide(matrix) else (matrix, f)
-  return jnp.matmul(left, right, precision='highest')
+def _apply(matrix: jax.Array, f: jax.Array, half: bool = False) -> jax.Array:
+  """G f(GᵀG), or f(G Gᵀ) G; `half`: of G rounded to bfloat16, off a CPU."""
+
+  def multiply(matrix, f, **how):
+    left, right = (f, matrix) if _is_wide(matrix) else (matrix, f)
+    return jnp.matmul(left, right, **how)
+
+  exact = functools.partial(multiply, precision='highest')
+  if not half:
+    return exact(matrix, f)
+
+  def rounded(matrix, f):
+    # f is large where σ is small and small where it is large: eight bits of the one would
+    # drown the other, sixteen do not.
+    high = f.astype(jnp.bfloat16)
+    low = (f - high.astype(f.dtype)).astype(jnp.bfloat16)
+    how = {'preferred_element_type': f.dtype}
+    g = matrix.astype(jnp.bfloat16)
+    return multiply(g, high, **how) + multiply(g, low, **how)
+
+  return jax.lax.platform_dependent(matrix, f, cpu=exact, default=rounded)
+
+
+# What rounding G to bfloat16 moves its singular values by, in units of their root mean
+# square: 2⁻⁹/√3 an entry, and 1 + √(n/m) up to 2 for the norm of such a matrix.
+BFLOAT16_MOVES = 2.0**-8 / math.sqrt(3)
+# Below this tolerance everything is in float32.
+BFLOAT16_TOLERANCE = 3e-2
+
+
+def half_precision_will_do(
+  alpha: Any, damping: Any, normalize: str | None, tolerance: float
+) -> bool:
+  """Whether T changes by less than `tolerance` when G is rounded to bfloat16.
+
+  A σ that moves by some part of the turning point σ* changes T by no more than that part.
+  """
+  if tolerance < BFLOAT16_TOLERANCE or normalize is None or not (known(alpha) and known(damping)):
+    return False
+  alpha = np.maximum(np.asarray(alpha, np.float64), 1e-3)
+  return bool(np.all(np.asarray(damping) ** (1 / alpha) * tolerance >= BFLOAT16_MOVES))
 
 
 def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -345,7 +400,7 @@ def _solve_pieces(
 SAFE = 1e-14, 1e14
 
 
-def _grams(batches: Sequence[Batch], n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _grams(batches: Sequence[Batch], n: int, half: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gram matrices of all G / c, padded with zeros to n; c; and which G are finite.
 
   c is one unless some G would leave float32: looking for it takes a pass over all of G,
@@ -364,7 +419,7 @@ def _grams(batches: Sequence[Batch], n: int) -> tuple[jax.Array, jax.Array, jax.
       places.setdefault(matrix.shape[1:], []).append(i)
     stacks = [jnp.concatenate([matrices[i] for i in of]) for of in places.values()]
     scaled, scales, finites = zip(*map(_scaled, stacks), strict=True)
-    grams = jnp.concatenate([padded(_gram(matrix)) for matrix in scaled])
+    grams = jnp.concatenate([padded(_gram(matrix, half)) for matrix in scaled])
     numbers = np.split(np.arange(len(grams)), np.cumsum([len(m) for m in matrices])[:-1])
     order = np.argsort(np.concatenate([numbers[i] for of in places.values() for i in of]))
     return grams[order], jnp.concatenate(scales)[order], jnp.concatenate(finites)[order]
@@ -373,7 +428,7 @@ def _grams(batches: Sequence[Batch], n: int) -> tuple[jax.Array, jax.Array, jax.
     del matrices
     return grams, jnp.ones_like(energy), jnp.ones(energy.shape, bool)
 
-  grams = jnp.concatenate([padded(_gram(matrix)) for matrix in matrices])
+  grams = jnp.concatenate([padded(_gram(matrix, half)) for matrix in matrices])
   energy = jnp.trace(grams, axis1=-2, axis2=-1)
   safe = jnp.all((energy > SAFE[0]) & (energy < SAFE[1]))  # False for a NaN.
   return jax.lax.cond(safe, as_they_are, with_scales, matrices)
@@ -388,12 +443,13 @@ def _solve_grams(
   No matrix of the size of G is written but the update.
   """
   n = max(batch.small for batch in batches)
-  gram_matrix, c, finite = _grams(batches, n)
+  join = lambda parts: (np if all(map(known, parts)) else jnp).concatenate(parts)
+  alpha, damping = (join([batch[i] for batch in batches]) for i in (1, 2))
+  half = half_precision_will_do(alpha, damping, normalize, tolerance)
+  gram_matrix, c, finite = _grams(batches, n, half)
   side = np.concatenate([np.full(len(batch.basis), batch.small) for batch in batches])
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))
   basis = jnp.concatenate([pad(batch.basis) for batch in batches])
-  join = lambda parts: (np if all(map(known, parts)) else jnp).concatenate(parts)
-  alpha, damping = (join([batch[i] for batch in batches]) for i in (1, 2))
 
   leading = None
   if normalize == 'spectral':
@@ -416,6 +472,7 @@ def _solve_grams(
     basis=basis,
     unit=jnp.square(size),
     gain=jnp.where(finite, gain, jnp.nan),
+    half=half,
   )
   f, error, _ = method.solve(problem)
   ratio = participation_ratio(gram_matrix)
@@ -429,7 +486,7 @@ def _solve_grams(
     updates = []
     for matrix in batch.matrices:
       end = start + len(matrix)
-      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small]))
+      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small], half))
       start = end
     spectrum = Spectrum(*(x[part] for x in whole))
     results.append((updates, spectrum._replace(basis=spectrum.basis[:, : batch.small])))
@@ -531,9 +588,9 @@ def apply_transfer(
       ``"frobenius"``, ‖G‖_F; or None, nothing (the published formula). All but
       None make the result independent of the scale of G.
     solver: ``"svd"`` (reference), ``"gram"`` (any α, exact), ``"cholesky"`` (α = 2,
-      exact), ``"rational"`` (α ≤ 2, to `tolerance`), ``"low_rank"`` (leading
-      directions alone) or ``"auto"`` (default), ``"rational"`` where it can meet
-      `tolerance`, else ``"gram"``.
+      exact), ``"rational"`` (α ≤ 2, to `tolerance`), ``"polynomial"`` (any α, to
+      `tolerance`), ``"low_rank"`` (leading directions alone) or ``"auto"`` (default),
+      the cheapest that can meet `tolerance`: see `choose_solver`.
     tolerance: Relative error of T that is allowed at any σ, of methods that approximate
       it; 0.1 by default. Known while tracing.
     rank: How many directions ``"low_rank"`` takes; by default 16, or 64 where 16 do not

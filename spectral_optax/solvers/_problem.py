@@ -16,6 +16,7 @@ class Problem(NamedTuple):
       look at nothing else it is not normalised: see `unit`.
     unit: (batch,), what the eigenvalues of `gram` are divided by to be the normalised σ².
     gain: (batch,), a factor that the answer is to have.
+    half: Whether bfloat16 is good enough for G; then sixteen bits are for GᵀG.
     choose_rank: Whether fewer directions than `basis` has room for will do, if they meet
       `tolerance`.
     alpha: Curvature exponents, (batch,). A NumPy array if known while tracing.
@@ -35,6 +36,7 @@ class Problem(NamedTuple):
   basis: jax.Array
   unit: jax.Array | float = 1.0
   gain: jax.Array | float = 1.0
+  half: bool = False
   choose_rank: bool = False
 
 

@@ -6,6 +6,8 @@ with poles pᵢ and weights of `_mixture`, as many as the tolerance asks for, an
 inverses of `_inverse`, all poles of all matrices at once. α = 2 is one pole, exactly.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,22 +77,27 @@ def solve(problem: Problem) -> Solution:
   size = jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1)))
   floor = 4 * jnp.finfo(dtype).eps * size + jnp.finfo(dtype).tiny
   shift = jnp.maximum(poles, floor[:, None])
-  total = _inverses(gram, weights, shift)
+  total = _inverses(gram, weights, shift, problem.half)
   constant = scale * to(mixture.constant)
   unit = jnp.eye(n, dtype=dtype)[None]
   return Solution(total + constant[:, None, None] * unit, to(mixture.error))
 
 
-def _inverses(gram: jax.Array, weights: jax.Array, shift: jax.Array) -> jax.Array:
+def _inverses(
+  gram: jax.Array, weights: jax.Array, shift: jax.Array, half: bool = False
+) -> jax.Array:
   """Σ weights (A + shift I)⁻¹: (batch, n, n), (batch, poles), (batch, poles) -> (batch, n, n)."""
 
-  def together(gram, weights, shift):
+  def together(gram, weights, shift, precision='highest'):
     unit = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None, None]
-    return weighted_inverses(gram[:, None] + shift[:, :, None, None] * unit, weights, shift / 2)
+    shifted = gram[:, None] + shift[:, :, None, None] * unit
+    return weighted_inverses(shifted, weights, shift / 2, precision)
 
   def one_by_one(*batch):  # What a CPU works on stays in its cache.
+    if len(gram) == 1:
+      return together(*batch)
     return jax.lax.map(lambda one: together(*(x[None] for x in one))[0], batch)
 
-  if len(gram) == 1:
-    return together(gram, weights, shift)
-  return jax.lax.platform_dependent(gram, weights, shift, cpu=one_by_one, default=together)
+  # On a TPU "high" is three passes in bfloat16, in place of six, and keeps sixteen bits.
+  fewer = {'tpu': functools.partial(together, precision='high')} if half else {}
+  return jax.lax.platform_dependent(gram, weights, shift, cpu=one_by_one, **fewer, default=together)
