@@ -4,6 +4,7 @@
     python benchmarks/tpu_compile.py            # Hours, on two busy cores
     python benchmarks/tpu_compile.py --sets resnet18 --contestants auto --rounds 1
     python benchmarks/tpu_compile.py --contestants gram    # Asked for by name: it takes minutes
+    python benchmarks/tpu_compile.py --count               # The products alone, compiling nothing
 
 An update is the whole of it: gradients in, new parameters and state out, one float32
 program, compiled by libtpu for one core. Of each: how long that takes, whether there are
@@ -328,6 +329,17 @@ def measure(
   return figures, skipped
 
 
+def count(params: Any, substrings: Sequence[str]) -> dict[str, int]:
+  """FLOPs in bfloat16 passes, by contestant, from the traced program."""
+  counted = {}
+  for contestant, build in chosen_contestants(substrings).items():
+    transformation = build(step_time.LEARNING_RATE)
+    state = jax.eval_shape(transformation.init, params)
+    step = step_time.update_step(transformation)
+    counted[contestant] = _passes.count(step, params, state, params, branch=min).pass_flops
+  return counted
+
+
 # ---------------------------------------------------------------------------------
 # Showing
 # ---------------------------------------------------------------------------------
@@ -410,9 +422,25 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add('--rounds', type=int, default=3, help='in each, all are compiled once')
   add('--output', type=pathlib.Path, default=results / 'tpu_compile.json')
+  add('--count', action='store_true', help='the products alone; compiles and writes nothing')
   add('--markdown', action='store_true', help='the tables once more, in Markdown')
   add('--quiet', action='store_true', help='no progress bars')
   return parser
+
+
+def show_counts(args: argparse.Namespace) -> dict[str, dict[str, int]]:
+  counts = {
+    name: count(parameters_of(shapes()), args.contestants)
+    for name, shapes in chosen_sets(args.sets).items()
+  }
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+  for name, counted in counts.items():
+    columns = ['contestant', 'GFLOP in passes', 'x muon']
+    rows = [[c, f'{n / 1e9:.1f}', f'{n / counted[REFERENCE]:.2f}'] for c, n in counted.items()]
+    console.print(_measure.rich_table(f'{name}: products in bfloat16 passes', columns, rows))
+    if args.markdown:
+      console.print(_measure.markdown_table(columns, rows), soft_wrap=True, highlight=False)
+  return counts
 
 
 def tpu() -> Any:
@@ -438,6 +466,8 @@ def main(argv: list[str] | None = None) -> Any:
     parser.error(f'no set has any of {args.sets} in its name; there are {", ".join(SETS)}')
   if args.rounds < 1:
     parser.error('--rounds must be at least 1')
+  if args.count:
+    return show_counts(args)
   try:
     device = tpu()
   except RuntimeError as error:

@@ -317,3 +317,13 @@ def test_slow_solvers_are_asked_for(tpu_compile):
   assert tpu_compile.chosen_contestants(['gram alpha=2']).keys() == {'muon', 'gram alpha=2'}
   assert tpu_compile.chosen_sets([]).keys() == {'resnet18', 'gpt2_12'}
   assert len(tpu_compile.parameters_of(tpu_compile.SETS['gpt2_12']())) == 12
+
+
+def test_counting_compiles_nothing(tpu_compile, capsys, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)  # No libtpu either.
+  counts = tpu_compile.main(['--count', '--sets', 'tiny', '--contestants', 'rational alpha=2'])
+  muon = sum(5 * (4 * m * n * n + 2 * n**3) for m, n in ((27, 8), (16, 8), (24, 8)))
+  assert counts['tiny']['muon'] == muon
+  # GᵀG once and G f twice, of G in bfloat16, are three products of a Newton-Schulz step's two.
+  assert counts['tiny']['rational alpha=2'] > sum(3 * 2 * m * 64 for m in (27, 16, 24))
+  assert 'rational alpha=2' in capsys.readouterr().out

@@ -102,6 +102,51 @@ def test_rational_with_traced_alpha_and_damping(tolerance):
     assert reference.relative_error(update, exact) <= tolerance
 
 
+@pytest.fixture
+def off_a_cpu(monkeypatch):
+  """Takes the branches that an accelerator would take."""
+  take = lambda *a, default, tpu=None, cpu=None: (default if tpu is None else tpu)(*a)
+  monkeypatch.setattr(jax.lax, 'platform_dependent', take)
+
+
+def one_leads(m, n):
+  """Noise and one direction with nearly all of the energy."""
+  rng = np.random.default_rng(0)
+  u, v = rng.standard_normal((m, 1)), rng.standard_normal((1, n))
+  return (100 * u @ v + rng.standard_normal((m, n))).astype(np.float32)
+
+
+@pytest.mark.usefixtures('off_a_cpu')
+@pytest.mark.parametrize('name', [*MATRICES, 'one leads'])
+def test_rational_in_bfloat16_meets_its_tolerance(name):
+  g = MATRICES[name] if name in MATRICES else one_leads(150, 130)
+  for alpha, damping, tolerance in ((1.5, 0.015, 0.1), (0.85, 0.06**0.85, 0.1), (2.0, 0.1, 0.03)):
+    assert solvers.half_precision_will_do(alpha, damping, 'rms', tolerance)
+    update = spectral_optax.apply_transfer(
+      g, alpha=alpha, damping=damping, solver='rational', tolerance=tolerance
+    )
+    exact = reference.update(g, alpha, damping)
+    # What it costs that G is rounded, exactly; much where it has but a few directions.
+    rounded = np.asarray(jnp.asarray(g, jnp.bfloat16), np.float64)
+    cost = reference.relative_error(reference.update(rounded, alpha, damping), exact)
+    cost += 2 * reference.cost_of_rounding(g, alpha, damping, True)
+    assert reference.relative_error(update, exact) <= tolerance + cost
+
+
+@pytest.mark.usefixtures('off_a_cpu')
+def test_bfloat16_is_for_coarse_tolerances_and_turning_points_above_it():
+  g, exact = MATRICES['square'], reference.update(MATRICES['square'], 2, 0.1)
+  error = lambda **k: reference.relative_error(
+    spectral_optax.apply_transfer(g, alpha=2, solver='rational', **k), exact
+  )
+  assert 1e-4 < error(tolerance=0.1) < 2e-2  # One pole, exactly: what is off is rounding.
+  assert error(tolerance=0.01) < 1e-5
+  assert error(tolerance=0.1, damping=jnp.array(0.1)) < 1e-4
+  small = reference.update(g, 2, 1e-5)
+  update = spectral_optax.apply_transfer(g, alpha=2, damping=1e-5, solver='rational')
+  assert reference.relative_error(update, small) < 1e-3
+
+
 @pytest.mark.parametrize('alpha', [0.25, 0.85, 1.5, 1.97])
 @pytest.mark.parametrize('tolerance', [0.1, 1e-2, 1e-3])
 def test_fits_are_positive_and_as_good_as_they_say(alpha, tolerance):

@@ -81,7 +81,7 @@ def _is_exactly_two(alpha: Any) -> bool:
 # nearest below), on two CPU cores: `benchmarks/step_time.py --calibrate`. Elsewhere it is
 # never: there it is slow to run, and on a TPU takes minutes to compile.
 MOST_POLES: Mapping[str, Mapping[int, int]] = {
-  'cpu': {1: 7, 128: 8, 512: 11},
+  'cpu': {1: 7, 128: 10},
 }
 # T at the largest σ is a difference of iterates, and above this α of too many digits.
 POLYNOMIAL_ALPHA = 2.5
@@ -267,9 +267,10 @@ BFLOAT16_TOLERANCE = 3e-2
 def half_precision_will_do(
   alpha: Any, damping: Any, normalize: str | None, tolerance: float
 ) -> bool:
-  """Whether T changes by less than `tolerance` when G is rounded to bfloat16.
+  """Whether T changes by less than `tolerance` at σ* when G is rounded to bfloat16.
 
-  A σ that moves by some part of the turning point σ* changes T by no more than that part.
+  A σ that moves by some part of the turning point σ* changes T there by no more than that
+  part. Directions that are not there, of a matrix of few, get up to that part of T's peak.
   """
   if tolerance < BFLOAT16_TOLERANCE or normalize is None or not (known(alpha) and known(damping)):
     return False
