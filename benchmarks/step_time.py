@@ -323,10 +323,11 @@ def plot(sets: dict[str, Any], title: str, path: pathlib.Path) -> None:
     axes.axvline(1, color='black', linewidth=1, label='Muon')
     floor = sets[name]['contestants']['floor']['ratio_to_muon']
     axes.axvline(floor, color='black', linewidth=1, linestyle=':', label='floor')
-    axes.set(title=f"{name}: time over Muon's")
+    axes.set_title(f"{name}: time over Muon's", loc='left')
     axes.invert_yaxis()
     axes.tick_params(axis='y', labelsize=8)
-    axes.legend(loc='lower right', fontsize=8)
+    # Above the bars: nothing is hidden.
+    axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path)
 
