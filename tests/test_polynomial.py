@@ -195,9 +195,3 @@ def test_derivative(m):
     return polynomial.solve(p._replace(matrix=g, gram=None)).update
 
   check_grads(jax.jit(f), (g,), order=1, modes=['fwd', 'rev'], atol=1e-5, rtol=1e-5)
-
-
-def test_traced_numbers_are_refused():
-  p = problem(MATRICES['square'], 1.5, 0.1, 0.1)
-  with pytest.raises(ValueError, match=r'known while tracing.*Use solver="rational"'):
-    jax.jit(lambda a: polynomial.solve(p._replace(alpha=a)).update)(jnp.ones(1))

@@ -608,6 +608,8 @@ G = np.ones((3, 2), np.float32)
     ({'alpha': 2, 'normalize': 'max'}, ValueError, "normalize.*'max'"),
     ({'alpha': 1.5, 'solver': 'cholesky'}, ValueError, 'alpha = 2 alone.*1.5'),
     ({'alpha': jnp.array(2.0), 'solver': 'cholesky'}, ValueError, 'Use solver="gram"'),
+    ({'alpha': jnp.array(1.5), 'solver': 'polynomial'}, ValueError, 'known while tracing'),
+    ({'alpha': 1, 'solver': 'polynomial', 'normalize': None}, ValueError, 'Use a normalisation'),
     ({'alpha': np.ones(3)}, ValueError, r'alpha of shape \(3,\) does not broadcast'),
   ],
 )

@@ -142,6 +142,11 @@ def check_solver(
     raise ValueError(f'solver must be "auto" or one of {sorted(SOLVERS)}, got {solver!r}.')
   if normalize not in NORMALIZATIONS:
     raise ValueError(f'normalize must be one of {NORMALIZATIONS}, got {normalize!r}.')
+  if solver == 'polynomial' and normalize is None:
+    raise ValueError(
+      'solver="polynomial" is fitted to an interval of singular values, and normalize=None'
+      ' leaves them anywhere. Use a normalisation, or solver="gram", "rational" or "auto".'
+    )
   if not known(tolerance) or not 0 < float(tolerance) < 1:
     raise ValueError(
       'tolerance is the relative error that T may have: a Python number between 0 and 1,'
@@ -171,6 +176,12 @@ def check_hyperparams(solver: str, alpha: Any, damping: Any, where: str = '') ->
     raise ValueError(
       f'solver="cholesky" computes alpha = 2 alone, as a Python number that is known'
       f' while tracing; got alpha = {alpha}{where}. Use solver="gram", "rational" or "auto".'
+    )
+  if solver == 'polynomial' and not (known(alpha) and known(damping)):
+    raise ValueError(
+      'solver="polynomial" fits its steps to alpha and damping: both have to be numbers that'
+      f' are known while tracing; got alpha = {alpha}, damping = {damping}{where}. Use'
+      ' solver="gram", "rational" or "auto".'
     )
   if solver in SOLVERS and not isinstance(alpha, jax.core.Tracer):
     limit = SOLVERS[solver].largest_alpha
@@ -446,7 +457,9 @@ def _solve_grams(
   n = max(batch.small for batch in batches)
   join = lambda parts: (np if all(map(known, parts)) else jnp).concatenate(parts)
   alpha, damping = (join([batch[i] for batch in batches]) for i in (1, 2))
-  half = half_precision_will_do(alpha, damping, normalize, tolerance)
+  half = batches[0].basis.dtype == jnp.float32 and half_precision_will_do(
+    alpha, damping, normalize, tolerance
+  )
   gram_matrix, c, finite = _grams(batches, n, half)
   side = np.concatenate([np.full(len(batch.basis), batch.small) for batch in batches])
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))

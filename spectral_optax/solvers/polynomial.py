@@ -143,10 +143,8 @@ def _on_gram(
 def solve(problem: Problem) -> Solution:
   """See `spectral_optax.solvers` for the signature that all solvers share.
 
-  `error` is the largest relative error of the sum over [0, S], rounding aside.
-
-  Raises:
-    ValueError: α or d is traced.
+  α and d are known while tracing. `error` is the largest relative error of the sum over
+  [0, S], rounding aside.
   """
   matrix = problem.matrix
   assert matrix is not None
@@ -179,11 +177,6 @@ def solve_with(problem: Problem, product: Product) -> Solution:
   """`solve` with products of one kind."""
   matrix = problem.matrix
   assert matrix is not None
-  if not known(problem.alpha) or not known(problem.damping):
-    raise ValueError(
-      'solver="polynomial" fits its steps to alpha and damping: both have to be numbers that are'
-      ' known while tracing. Use solver="rational" (alpha up to 2), "gram" or "auto".'
-    )
   dtype = matrix.dtype
   m, n = matrix.shape[-2:]
   fit, turn, top = _plan(problem, m / n)
