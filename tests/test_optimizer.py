@@ -320,6 +320,23 @@ def test_large_parameters_alone_give_what_a_stack_gives(solver, monkeypatch):
   assert reference.relative_error(got, scaled) <= 0.2  # Within the tolerance, and rescaled.
 
 
+def test_statistics_are_of_the_right_matrix_where_some_alphas_are_traced():
+  """Known and traced exponents are computed apart, and kept together."""
+  params = {name: {'kernel': jnp.ones((6, 4))} for name in 'abcd'}
+  grads = random_like(params)
+  grads['b']['kernel'] *= 10
+  alphas = {'a': 1.25, 'b': jnp.array(1.5), 'c': 1.75, 'd': jnp.array(2.0)}
+  tx = spectral_optax.scale_by_spectral_transfer(alphas, 0.1)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for _ in range(20):
+    _, state = update(grads, state)
+  for name in 'abcd':
+    _, sigma, vt = np.linalg.svd(np.float64(grads[name]['kernel']))
+    np.testing.assert_allclose(state.sigma_max[f'{name}/kernel'], sigma[0], rtol=0.02)
+    assert abs(vt[0] @ np.float64(state.basis[f'{name}/kernel'][:, 0])) > 0.9
+    assert state.alpha[f'{name}/kernel'] == np.float32(alphas[name])
+
+
 def test_update_size_inside_the_transfer_is_that_after_it():
   params = mixed_params()
   grads = random_like(params)
