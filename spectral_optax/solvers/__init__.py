@@ -77,9 +77,9 @@ def _is_exactly_two(alpha: Any) -> bool:
   return known(alpha) and bool(np.all(np.asarray(alpha) == 2))
 
 
-# From how many poles on an eigendecomposition is the quicker way, by the smaller side (the
-# nearest below), on two CPU cores: `benchmarks/step_time.py --calibrate`. Elsewhere it is
-# never: there it is slow to run, and on a TPU takes minutes to compile.
+# Above how many poles an eigendecomposition is the quicker way, by the smaller side (the
+# nearest below): from whole updates of benchmarks/step_time.py on two CPU cores. Elsewhere it
+# is never, unmeasured: there it is slow to run, and on a TPU takes minutes to compile.
 MOST_POLES: Mapping[str, Mapping[int, int]] = {
   'cpu': {1: 7, 128: 10},
 }
