@@ -324,6 +324,6 @@ def test_counting_compiles_nothing(tpu_compile, capsys, monkeypatch):
   counts = tpu_compile.main(['--count', '--sets', 'tiny', '--contestants', 'rational alpha=2'])
   muon = sum(5 * (4 * m * n * n + 2 * n**3) for m, n in ((27, 8), (16, 8), (24, 8)))
   assert counts['tiny']['muon'] == muon
-  # GᵀG once and G f twice, of G in bfloat16, are three products of a Newton-Schulz step's two.
+  # GᵀG in one pass, and G f in two: f has sixteen bits.
   assert counts['tiny']['rational alpha=2'] > sum(3 * 2 * m * 64 for m in (27, 16, 24))
   assert 'rational alpha=2' in capsys.readouterr().out

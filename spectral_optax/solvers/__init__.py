@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from spectral_optax.solvers import cholesky, gram, low_rank, polynomial, rational, svd
 from spectral_optax.solvers._perturbation import transpose
-from spectral_optax.solvers._problem import Problem, Solution, known
+from spectral_optax.solvers._problem import BFLOAT16_TOLERANCE, Problem, Solution, known
 from spectral_optax.solvers._spectrum import (
   SPECTRAL_SLACK,
   Spectrum,
@@ -271,8 +271,6 @@ def _apply(matrix: jax.Array, f: jax.Array, half: bool = False) -> jax.Array:
 # What rounding G to bfloat16 moves its singular values by, in units of their root mean
 # square: 2⁻⁹/√3 an entry, and 1 + √(n/m) up to 2 for the norm of such a matrix.
 BFLOAT16_MOVES = 2.0**-8 / math.sqrt(3)
-# Below this tolerance everything is in float32.
-BFLOAT16_TOLERANCE = 3e-2
 
 
 def half_precision_will_do(

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+# Relative error of T from which on products with G may be in bfloat16, off a CPU.
+BFLOAT16_TOLERANCE = 3e-2
+
 
 class Problem(NamedTuple):
   """A batch of matrices of one shape, and the map that each wants.

@@ -23,12 +23,11 @@ from jax.typing import ArrayLike
 
 from spectral_optax.solvers import _composite
 from spectral_optax.solvers._perturbation import transpose
-from spectral_optax.solvers._problem import Problem, Solution, known
+from spectral_optax.solvers._problem import BFLOAT16_TOLERANCE, Problem, Solution, known
 
-# Below it products are in float32 everywhere.
-BFLOAT16_TOLERANCE = 3e-2
-# So too where T at the largest σ there can be is that much less than its peak: what bfloat16
-# rounds of iterates that cancel there would be as large as the update of a matrix of rank one.
+# Below `BFLOAT16_TOLERANCE` products are in float32 everywhere; so too where T at the largest
+# σ there can be is that much less than its peak: what bfloat16 rounds of iterates that cancel
+# there would be as large as the update of a matrix of rank one.
 BFLOAT16_LEAST = 1e-3
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -36,7 +35,6 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 def float32_product(left: jax.Array, right: jax.Array) -> jax.Array:
   """In float32, or float64, throughout."""
-  """In full float32 precision, also where the default is bfloat16."""
   return jnp.matmul(left, right, precision='highest')
 
 
