@@ -179,14 +179,15 @@ def kernels_by_path(name: str, shapes: dict[str, Any]) -> dict[str, Kernel]:
   return kernels
 
 
-def make_set(name: str, shapes: dict[str, Any]) -> ParameterSet:
+def make_set(name: str, shapes: dict[str, Any], dtype: str = 'float32') -> ParameterSet:
   """Normal parameters, and gradients that are the same in every run."""
   kernels = kernels_by_path(name, shapes)
   rng = np.random.default_rng(0)
   grads = jax.tree.map(lambda leaf: gradient(leaf, rng), shapes, is_leaf=_is_leaf)
   params = jax.tree.map(
-    lambda g: jnp.asarray(0.02 * rng.standard_normal(g.shape, np.float32)), grads
+    lambda g: jnp.asarray(0.02 * rng.standard_normal(g.shape, np.float32), dtype), grads
   )
+  grads = jax.tree.map(lambda g: g.astype(dtype), grads)
   return ParameterSet(name, params, grads, kernels)
 
 

@@ -45,7 +45,7 @@ import reporting
 
 ALPHAS = (2.0, 1.2, 0.85)
 TOLERANCE = 1e-3  # Of these, besides their default.
-TOLERANT = ('rational', 'auto')
+TOLERANT = ('rational', 'polynomial', 'auto')
 RANK = 16
 LEARNING_RATE = 1e-3
 REFERENCES = ('floor', 'muon')
@@ -109,7 +109,7 @@ def update_step(transformation: optax.GradientTransformation) -> Callable[..., A
 def floor_step(parameters: _parameters.ParameterSet) -> Callable[..., Any]:
   """GᵀG on the smaller side, and G times that: same-shaped matrices are one batch.
 
-  In float32 throughout, also where a device's default is less: so is the library's GᵀG.
+  With the device's own precision, which is Muon's too.
   """
 
   def step(grads, state, params):
@@ -121,8 +121,7 @@ def floor_step(parameters: _parameters.ParameterSet) -> Callable[..., Any]:
     products = []
     for group in groups.values():
       g = jnp.concatenate(group)
-      gram = jnp.einsum('bij,bik->bjk', g, g, precision='highest')
-      products.append(jnp.matmul(g, gram, precision='highest'))
+      products.append(jnp.matmul(g, jnp.einsum('bij,bik->bjk', g, g)))
     return products, state
 
   return step
@@ -453,6 +452,12 @@ def make_parser() -> argparse.ArgumentParser:
   add('--rounds', type=int, help='in each, all take a turn; default 30')
   add('--compile-rounds', type=int, help='repeats of each compilation; default 1')
   add('--seconds', type=float, help='what takes longer in all is in fewer rounds; default 30')
+  add(
+    '--dtype',
+    default='float32',
+    choices=('float32', 'bfloat16'),
+    help='of parameters and gradients',
+  )
   add('--quick', action='store_true', help='few rounds of hundred_64, written to runs/')
   add('--output', type=pathlib.Path, help='default benchmarks/results/step_time.json')
   add('--plot', action=argparse.BooleanOptionalAction, default=True, help='a PNG beside the JSON')
@@ -497,10 +502,12 @@ def main(argv: list[str] | None = None) -> Any:
   contestants = filtered(all_contestants(), args.contestants)
   environment = reporting.environment()
   key = f'{environment["backend"]}/{environment["device_kind"]}/jax-{environment["jax"]}'
+  if args.dtype != 'float32':
+    key += f'/{args.dtype}'
   content = json.loads(args.output.read_text('utf-8')) if args.output.is_file() else {}
   here = content.setdefault(key, {})
   for name, shapes in chosen_sets(args.sets).items():
-    parameters = _parameters.make_set(name, shapes())
+    parameters = _parameters.make_set(name, shapes(), args.dtype)
     figures, skipped = measure(parameters, contestants, args)
     here[name] = {
       'environment': environment,
@@ -518,7 +525,8 @@ def main(argv: list[str] | None = None) -> Any:
   written = [args.output]
   if args.plot:
     # Of this backend: another's picture stays.
-    written.append(args.output.with_name(f'{args.output.stem}_{environment["backend"]}.png'))
+    of = '_'.join([environment['backend'], *([] if args.dtype == 'float32' else [args.dtype])])
+    written.append(args.output.with_name(f'{args.output.stem}_{of}.png'))
     plot(here, key, written[1])
   console.print(f'Written: {", ".join(map(str, written))}', soft_wrap=True)
   return here

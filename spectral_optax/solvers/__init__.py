@@ -21,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from spectral_optax.solvers import cholesky, gram, low_rank, polynomial, rational, svd
+from spectral_optax.solvers import (
+  cholesky,
+  gram,
+  low_rank,
+  polynomial,
+  rational,
+  svd,
+)
+from spectral_optax.solvers._fitting import terms
 from spectral_optax.solvers._perturbation import transpose
 from spectral_optax.solvers._problem import BFLOAT16_TOLERANCE, Problem, Solution, known
 from spectral_optax.solvers._spectrum import (
@@ -58,7 +66,7 @@ SOLVERS = {
   'gram': Method(gram.solve),
   'cholesky': Method(cholesky.solve, largest_alpha=2.0),
   'rational': Method(rational.solve, of_gram=True, largest_alpha=2.0),
-  'polynomial': Method(polynomial.solve),
+  'polynomial': Method(polynomial.solve, of_gram=True),
   'low_rank': Method(low_rank.solve, needs_gram=False),
 }
 NORMALIZATIONS = ('rms', 'spectral', 'frobenius', None)
@@ -77,14 +85,26 @@ def _is_exactly_two(alpha: Any) -> bool:
   return known(alpha) and bool(np.all(np.asarray(alpha) == 2))
 
 
-# Above how many poles an eigendecomposition is the quicker way, by the smaller side (the
-# nearest below): from whole updates of benchmarks/step_time.py on two CPU cores. Elsewhere it
-# is never, unmeasured: there it is slow to run, and on a TPU takes minutes to compile.
-MOST_POLES: Mapping[str, Mapping[int, int]] = {
-  'cpu': {1: 7, 128: 10},
+class Cost(NamedTuple):
+  """What a solver's parts cost, in products of n x n matrices; a step of "polynomial" is one.
+
+  Attributes:
+    pole: An inverse for "rational".
+    eigenvectors: A decomposition for "gram".
+  """
+
+  pole: float
+  eigenvectors: float
+
+
+# By backend and smaller side (the nearest below). On a CPU from whole updates on two cores,
+# `benchmarks/step_time.py --calibrate`: LAPACK runs on one of them, and products are quick.
+# Elsewhere an inverse is a long chain of small steps, and eigenvectors are slow to run and on
+# a TPU take minutes to compile: the last resort.
+COSTS: Mapping[str, Mapping[int, Cost]] = {
+  'cpu': {1: Cost(8, 48), 128: Cost(3, 25), 256: Cost(2, 26), 384: Cost(1.3, 14)},
 }
-# T at the largest σ is a difference of iterates, and above this α of too many digits.
-POLYNOMIAL_ALPHA = 2.5
+ELSEWHERE = Cost(15, math.inf)
 
 
 def choose_solver(
@@ -99,10 +119,8 @@ def choose_solver(
 ) -> str:
   """The method that runs: `solver`, or for "auto" the cheapest that is good enough.
 
-  That is "rational" wherever its poles can meet the tolerance and are no more than
-  `MOST_POLES`. Left for "gram" are α above 2, tolerances that need more poles, and a d
-  so small that T has not turned at what float32 can see; but for "polynomial" α up to
-  `POLYNOMIAL_ALPHA` where a decomposition is slow.
+  Good enough are "rational" (α up to 2) and "polynomial" where they can meet the
+  tolerance, and "gram" always. `COSTS` says which is the cheapest.
 
   Args:
     solver: "auto" or a key of `SOLVERS`, which comes back as it is.
@@ -118,17 +136,20 @@ def choose_solver(
     return solver
   backend = jax.default_backend() if backend is None else backend
   largest = largest_square(normalize, small)
-  if known(alpha) and np.any(np.asarray(alpha) > SOLVERS['rational'].largest_alpha):
-    if backend == 'cpu' or not known(damping) or np.any(np.asarray(alpha) > POLYNOMIAL_ALPHA):
-      return 'gram'
-    error = polynomial.static_error(alpha, damping, largest, tolerance)
-    return 'polynomial' if error <= tolerance else 'gram'
-  if not known(alpha) or not known(damping):
-    return 'rational' if tolerance >= rational.SMALLEST_TRACED_TOLERANCE else 'gram'
-  error, poles = rational.static_fit(alpha, damping, largest, tolerance)
-  limits = MOST_POLES.get(backend, {})
-  most = [limits[side] for side in sorted(limits) if side <= small]
-  return 'rational' if error <= tolerance and poles <= (most or [poles])[-1] else 'gram'
+  costs = COSTS.get(backend, {1: ELSEWHERE})
+  cost = costs[max(side for side in costs if side <= max(small, 1))]
+  prices = {'gram': cost.eigenvectors}
+  # How many poles, or products; where there is an answer.
+  for name, price, family in (
+    ('rational', cost.pole, rational.FAMILY),
+    ('polynomial', 1.0, polynomial.FAMILY),
+  ):
+    if known(alpha) and np.any(np.asarray(alpha) > SOLVERS[name].largest_alpha):
+      continue
+    error, count = terms(family, alpha, damping, largest, tolerance)
+    if error <= tolerance:
+      prices[name] = price * count
+  return min(prices, key=prices.__getitem__)
 
 
 def check_solver(
@@ -142,11 +163,6 @@ def check_solver(
     raise ValueError(f'solver must be "auto" or one of {sorted(SOLVERS)}, got {solver!r}.')
   if normalize not in NORMALIZATIONS:
     raise ValueError(f'normalize must be one of {NORMALIZATIONS}, got {normalize!r}.')
-  if solver == 'polynomial' and normalize is None:
-    raise ValueError(
-      'solver="polynomial" is fitted to an interval of singular values, and normalize=None'
-      ' leaves them anywhere. Use a normalisation, or solver="gram", "rational" or "auto".'
-    )
   if not known(tolerance) or not 0 < float(tolerance) < 1:
     raise ValueError(
       'tolerance is the relative error that T may have: a Python number between 0 and 1,'
@@ -176,12 +192,6 @@ def check_hyperparams(solver: str, alpha: Any, damping: Any, where: str = '') ->
     raise ValueError(
       f'solver="cholesky" computes alpha = 2 alone, as a Python number that is known'
       f' while tracing; got alpha = {alpha}{where}. Use solver="gram", "rational" or "auto".'
-    )
-  if solver == 'polynomial' and not (known(alpha) and known(damping)):
-    raise ValueError(
-      'solver="polynomial" fits its steps to alpha and damping: both have to be numbers that'
-      f' are known while tracing; got alpha = {alpha}, damping = {damping}{where}. Use'
-      ' solver="gram", "rational" or "auto".'
     )
   if solver in SOLVERS and not isinstance(alpha, jax.core.Tracer):
     limit = SOLVERS[solver].largest_alpha

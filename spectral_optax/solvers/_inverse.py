@@ -123,12 +123,12 @@ _factor_batched = one_at_a_time(_factor)
 
 
 def _pivot(matrix: jax.Array, least: jax.Array, precision: str) -> jax.Array:
-  """W of one block."""
+  """W of one block: LAPACK, or what a GPU has in its place; on a TPU, products."""
   return jax.lax.platform_dependent(
     matrix,
     least,
-    cpu=lambda matrix, _: _factor_batched(matrix),
-    default=lambda matrix, least: _eliminate(matrix, least, precision),
+    tpu=lambda matrix, least: _eliminate(matrix, least, precision),
+    default=lambda matrix, _: _factor_batched(matrix),
   )
 
 

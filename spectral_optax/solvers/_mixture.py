@@ -21,18 +21,15 @@ JAX.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectral_optax.solvers._inverse import weighted_inverses
+from spectral_optax.solvers._fitting import MIN_REACH, denominator, least_squares_of_one, points
 
 MAX_POLES = 10
-# GᵀG in float32 tells eigenvalues apart down to e^-16 of the largest.
-MAX_REACH = 16.0
-MIN_REACH = 1.0
 _POINTS = 200
 
 
@@ -52,39 +49,9 @@ class Mixture(NamedTuple):
   error: np.ndarray | jax.Array
 
 
-def turning_point(alpha: Any, damping: Any, largest: Any, xp: Any = jnp) -> tuple[Any, Any, Any]:
-  """(log λ*, R, δ) of a map on λ in [0, largest]; `xp` is `numpy` or `jax.numpy`."""
-  alpha, damping = xp.asarray(alpha), xp.asarray(damping)
-  log_largest = xp.log(xp.asarray(largest, alpha.dtype))
-  with np.errstate(divide='ignore'):
-    log_damping = xp.maximum(xp.log(damping), -1e4)
-  turn = 2 / xp.maximum(alpha, 1e-3) * log_damping
-  held = xp.clip(turn, log_largest - MAX_REACH, log_largest - MIN_REACH)
-  return held, log_largest - held, xp.exp(log_damping - alpha / 2 * held)
-
-
-def turn_is_seen(delta: Any) -> Any:
-  """Whether λ* is not held from below; as wide of 1 as rounding in float32 takes δ."""
-  return delta > 0.99
-
-
 # ---------------------------------------------------------------------------------
 # Known while tracing
 # ---------------------------------------------------------------------------------
-
-
-def _points(alpha, reach, delta, num, xp=np):
-  """Values of x up to e^R: 0, and then logarithmic from where f begins to fall.
-
-  Where λ* is held from below (δ < 1), f falls before that, in what float32 cannot see:
-  points begin at λ*, and what is below gets the mixture's own flat end.
-  """
-  seen = turn_is_seen(delta)
-  # x^(α/2) = e^-7: from there down f is flat to a thousandth.
-  low = xp.where(seen, -14 / xp.maximum(alpha, 0.25), 0.0)
-  steps = xp.linspace(0, 1, num - 1, dtype=alpha.dtype)[None]
-  x = xp.exp(low[:, None] + (reach - low)[:, None] * steps)
-  return xp.concatenate([xp.where(seen, 0.0, 1.0)[:, None].astype(x.dtype), x], axis=1)
 
 
 def _relative(theta, count, x, target):
@@ -103,7 +70,7 @@ def _improve(theta, count, alpha, reach, delta, steps):
   Levenberg-Marquardt on logarithms, which keeps everything positive, under Lawson's
   weights, which turn least squares into least maximum.
   """
-  x = _points(alpha, reach, delta, _POINTS)
+  x = points(alpha, reach, delta, _POINTS)
   target = 1 / (x ** (alpha[:, None] / 2) + delta[:, None])
   error, jacobian = _relative(theta, count, x, target)
   lawson, damping = np.ones_like(x), np.full(len(alpha), 1e-3)
@@ -233,6 +200,11 @@ def _table(tolerance: float, reach: float) -> np.ndarray:
   return np.log(mixture.poles).reshape(len(_ALPHAS), len(_REACHES), -1)
 
 
+def usual_poles(reach: float, tolerance: float) -> int:
+  """How many `traced_fit` takes."""
+  return _table(tolerance, reach).shape[-1]
+
+
 def _interpolate(table: jax.Array, rows: np.ndarray, columns: np.ndarray, r, c) -> jax.Array:
   """Bilinear, and constant beyond the ends: (batch, poles) at r, c (batch,)."""
 
@@ -264,27 +236,9 @@ def traced_fit(
   log_poles = jnp.where(nearest, log_poles * close, log_poles)
   poles = jnp.exp(log_poles)
 
-  x = _points(alpha, reach, delta, _POINTS // 2, jnp)
-  # At x = 0 a power has no derivative by α, and needs none.
-  power = jnp.where(
-    x > 0, jnp.where(x > 0, x, 1) ** (alpha[:, None] / 2), jnp.where(alpha > 0, 0.0, 1.0)[:, None]
-  )
-  denominator = power + delta[:, None]
+  x = points(alpha, reach, delta, _POINTS // 2, jnp)
   columns = jnp.concatenate(
     [1 / (1 + x[:, :, None] / poles[:, None]), jnp.ones_like(x)[:, :, None]], axis=-1
   )
-  columns *= denominator[:, :, None]
-  scale = jnp.max(columns, axis=1)
-  columns /= scale[:, None]
-  multiply = lambda equation, *a: jnp.einsum(equation, *a, precision='highest')
-  normal = multiply('bij,bik->bjk', columns, columns)
-  ridge = 30 * jnp.finfo(alpha.dtype).eps * jnp.trace(normal, axis1=1, axis2=2)
-  ridged = normal + ridge[:, None, None] * jnp.eye(normal.shape[-1], dtype=normal.dtype)[None]
-  inverted = weighted_inverses(ridged[:, None], jnp.ones_like(ridge)[:, None], ridge[:, None] / 2)
-  solve = lambda right: multiply('bjk,bk->bj', inverted, multiply('bij,bi->bj', columns, right))
-  solution = solve(jnp.ones_like(x))
-  for _ in range(2):  # Takes most of the ridge back.
-    solution += solve(1 - multiply('bij,bj->bi', columns, solution))
-  error = jnp.max(jnp.abs(multiply('bij,bj->bi', columns, solution) - 1), axis=1)
-  solution /= scale
+  solution, error = least_squares_of_one(columns * denominator(x, alpha, delta)[:, :, None])
   return Mixture(poles, solution[:, :-1], solution[:, -1], error)

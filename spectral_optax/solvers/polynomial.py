@@ -1,16 +1,14 @@
-"""`solver="polynomial"`: any α from products alone, in bfloat16 where there is a unit for it.
+"""`solver="polynomial"`: any α ≥ 0 from products of n x n matrices alone.
 
-    Xₖ₊₁ = Xₖ (a + b Aₖ + c Aₖ²),   Aₖ = XₖᵀXₖ,   X₀ = G/S,        U T(Σ) Vᵀ ≈ Σ wₖ Xₖ
+    U T(Σ) Vᵀ = G f(A),   A = GᵀG,        f(A) ≈ (c I + Σ wₖ Yₖ)²
+    Y₀ = A/(2 λ_max),   Yₖ₊₁ = r (Yₖ - Yₖ²)
 
-The steps of a Newton-Schulz iteration for the polar factor, but all iterates are used, not
-the last alone: the k-th rises as steeply as its steps make it and then stays of size one,
-and sums of them rise, turn and fall like T does. `_composite` has the steps and weights, as
-many as the tolerance asks for. No inverse, no factorisation, no solve.
+the logistic map of a matrix, with weights of `_logistic`, as many steps as the tolerance
+asks for. A step is one product, whatever the longer side of G is; no inverse, no
+factorisation, no solve, and one loop to compile. A degree of 2^K cannot be had for less, and
+for a relative error of 0.1 everywhere hardly less than this will do.
 
-Rounding: the turning point σ* can be far below the largest σ. A product with Xₖ in bfloat16
-moves singular values by about 2⁻⁹ of their root mean square, and σ* is met at the level of
-σ; in GᵀG, σ*² would be lost. So the iteration is on the m x n matrix. In float32 and for a
-tall matrix it is on n x n matrices, Xₖ = X₀ Qₖ, with G multiplied once at the end.
+Rounding: Y is small where λ is, and keeps its digits there; nothing is subtracted from one.
 """
 
 import functools
@@ -19,181 +17,131 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from spectral_optax.solvers import _composite
+from spectral_optax.solvers import _logistic
+from spectral_optax.solvers._fitting import Family, approximate
 from spectral_optax.solvers._perturbation import transpose
-from spectral_optax.solvers._problem import BFLOAT16_TOLERANCE, Problem, Solution, known
+from spectral_optax.solvers._problem import Problem, Solution
 
-# Below `BFLOAT16_TOLERANCE` products are in float32 everywhere; so too where T at the largest
-# σ there can be is that much less than its peak: what bfloat16 rounds of iterates that cancel
-# there would be as large as the update of a matrix of rank one.
-BFLOAT16_LEAST = 1e-3
+# From this tolerance on, and for α up to 2, eight bits will do for Y: what they round off is
+# relative, at every scale of λ, and moves T by 0.01 to 0.02 (tests).
+COARSE = 0.1
+# Numbers of Y that are worked on at once: they stay near the units.
+CHUNK = 2**21
+# From this side on what is symmetric is kept as three blocks of four.
+HALVES_FROM = 512
 
+# Products of n x n matrices: a step is one, and so is the square.
+FAMILY = Family(
+  _logistic.fit,
+  _logistic.traced_fit,
+  lambda reach, tolerance: _logistic.usual_steps(reach, tolerance) + 1,
+  lambda found: found.weights.shape[1] - 1,
+)
+
+
+# (Y,), or (Y₁₁, Y₁₂, Y₂₂) of a symmetric matrix; each (batch, ., .).
+Blocks = tuple[jax.Array, ...]
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def float32_product(left: jax.Array, right: jax.Array) -> jax.Array:
+def float32_product(a: jax.Array, b: jax.Array) -> jax.Array:
   """In float32, or float64, throughout."""
-  return jnp.matmul(left, right, precision='highest')
+  return jnp.matmul(a, b, precision='highest')
 
 
-def bfloat16_product(left: jax.Array, right: jax.Array) -> jax.Array:
+def bfloat16_product(a: jax.Array, b: jax.Array) -> jax.Array:
   """Rounded to bfloat16, accumulated in float32."""
-  both = jnp.matmul(
-    left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+  half = jnp.bfloat16
+  return jnp.matmul(a.astype(half), b.astype(half), preferred_element_type=a.dtype)
+
+
+def sixteen_bit_product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Of both sixteen bits, but for the product of the lower eight."""
+  a_high, b_high = (x.astype(jnp.bfloat16).astype(x.dtype) for x in (a, b))
+  cross = bfloat16_product(a_high, b - b_high) + bfloat16_product(a - a_high, b_high)
+  return bfloat16_product(a_high, b_high) + cross
+
+
+def square(y: Blocks, product: Product) -> Blocks:
+  """Y² of a symmetric Y; of four blocks one is another's transpose, and is not computed."""
+  if len(y) == 1:
+    return (product(*y, *y),)
+  a, b, c = y
+  return (
+    product(a, a) + product(b, transpose(b)),
+    product(a, b) + product(b, c),
+    product(transpose(b), b) + product(c, c),
   )
-  return both.astype(left.dtype)
 
 
-def static_error(alpha: ArrayLike, damping: ArrayLike, largest: float, tolerance: float) -> float:
-  """The largest error that T has with as many steps as there may be."""
-  alpha, damping, largest_square = _float64(alpha, damping, largest)
-  _, reach, delta = _composite.turning_point(alpha, damping, largest_square)
-  if np.any((alpha > 0.1) & (delta <= 0.99)):
-    return np.inf  # σ* is below what G in float32 can show.
-  return float(_composite.fit(alpha, reach, delta, 3, tolerance).error.max())
+def _cut(y: jax.Array) -> Blocks:
+  n = y.shape[-1]
+  if n < HALVES_FROM:
+    return (y,)
+  half = -(-n // 256) * 128  # Whole tiles of a TPU.
+  return y[:, :half, :half], y[:, :half, half:], y[:, half:, half:]
 
 
-def products(count: int, degree: int, on_gram: bool) -> tuple[int, int]:
-  """How many (m x n)(n x n) or Gram products, and (n x n)(n x n) ones, GᵀG included."""
-  if count == 0:
-    return 0, 0
-  inside = degree // 2 - 1  # A², for the coefficients of B.
-  if on_gram:
-    return 2, count * (inside + 3) - 3  # Q₁ = B₀ is free, and A_K not needed.
-  return 2 * count, count * inside
-
-
-def _float64(*values: ArrayLike) -> list[np.ndarray]:
-  return list(np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, np.float64)) for v in values)))
-
-
-def _plan(problem: Problem, ratio: float) -> tuple[_composite.Composite, np.ndarray, np.ndarray]:
-  """Steps and weights with the fewest products, log σ*, and log S; `ratio` is m/n."""
-  alpha, damping, largest = _float64(problem.alpha, problem.damping, problem.largest)
-  turn, reach, delta = _composite.turning_point(alpha, damping, largest)
-  fits = {
-    degree: _composite.fit(alpha, reach, delta, degree, problem.tolerance)
-    # Steps of degree 5 are fewer, at one more product each: for small n.
-    for degree in ((3,) if ratio < 2 else (3, 5))
-  }
-
-  def cost(degree):
-    fit = fits[degree]
-    tall, square = products(fit.steps.shape[1], degree, False)
-    error = fit.error.max()
-    return error if error > problem.tolerance else 0, tall * ratio + square
-
-  return fits[min(fits, key=cost)], turn, turn + reach
-
-
-def _polynomial(
-  a: jax.Array, step: jax.Array, product: Product, constant: jax.Array | None = None
-) -> jax.Array:
-  """B = s₀ + s₁ A + s₂ A², or without the constant if there is none."""
-  at = lambda i: step[:, i, None, None]
-  b = at(1) * a
-  if step.shape[1] == 3:
-    b += at(2) * product(a, a)
-  return b if constant is None else b + at(0) * constant
-
-
-def _rectangular(
-  x: jax.Array, gram: jax.Array | None, steps: jax.Array, weights: jax.Array, product: Product
-) -> jax.Array:
-  """Σ wₖ Xₖ by products with the matrices themselves; `steps` (K, batch, 2 or 3)."""
-  total = weights[0, :, None, None] * x
-
-  def advance(both, now, gram=None):
-    x, total = both
-    step, weight = now
-    a = product(transpose(x), x) if gram is None else gram
-    # Xₖ itself is added unrounded: what is small stays exact to first order.
-    x = step[:, 0, None, None] * x + product(x, _polynomial(a, step, product))
-    return (x, total + weight[:, None, None] * x), None
-
-  both, _ = advance((x, total), (steps[0], weights[1]), gram)
-  (_, total), _ = jax.lax.scan(advance, both, (steps[1:], weights[2:]))
-  return total
-
-
-def _on_gram(
-  x: jax.Array, a: jax.Array, steps: jax.Array, weights: jax.Array, product: Product
-) -> jax.Array:
-  """X₀ Σ wₖ Qₖ with Qₖ₊₁ = Qₖ Bₖ, Aₖ₊₁ = Aₖ Bₖ²: all of them commute."""
-  unit = jnp.eye(a.shape[-1], dtype=a.dtype)[None]
-  b = _polynomial(a, steps[0], product, unit)
-  total = weights[0, :, None, None] * unit + weights[1, :, None, None] * b
-
-  def advance(state, now):
-    a, b, q, total = state
-    step, weight = now
-    a = product(product(a, b), b)
-    b = _polynomial(a, step, product, unit)
-    q = product(q, b)
-    return (a, b, q, total + weight[:, None, None] * q), None
-
-  (_, _, _, total), _ = jax.lax.scan(advance, (a, b, b, total), (steps[1:], weights[2:]))
-  return product(x, total)
+def _join(y: Blocks) -> jax.Array:
+  if len(y) == 1:
+    return y[0]
+  a, b, c = y
+  below = jnp.concatenate([transpose(b), c], axis=-1)
+  return jnp.concatenate([jnp.concatenate([a, b], axis=-1), below], axis=-2)
 
 
 def solve(problem: Problem) -> Solution:
-  """See `spectral_optax.solvers` for the signature that all solvers share.
-
-  α and d are known while tracing. `error` is the largest relative error of the sum over
-  [0, S], rounding aside.
-  """
-  matrix = problem.matrix
-  assert matrix is not None
-  if not _bfloat16_is_enough(problem):
-    return solve_with(problem, float32_product)
-  # Units for bfloat16 are an accelerator's.
-  update, error = jax.lax.platform_dependent(
-    cpu=lambda: solve_with(problem, float32_product)[:2],
-    default=lambda: solve_with(problem, bfloat16_product)[:2],
-  )
-  return Solution(update, error)
-
-
-def _bfloat16_is_enough(problem: Problem) -> bool:
-  assert problem.matrix is not None
-  if problem.tolerance < BFLOAT16_TOLERANCE or problem.matrix.dtype != jnp.float32:
-    return False
-  if not known(problem.alpha) or not known(problem.damping):
-    return False
-  alpha, damping, largest = _float64(problem.alpha, problem.damping, problem.largest)
-  _, reach, delta = _composite.turning_point(alpha, damping, largest)
-  targets = (
-    _composite.points(float(a), float(r), float(d), 300)[1]
-    for a, r, d in zip(alpha, reach, delta, strict=True)
-  )
-  return all(t[-1] >= BFLOAT16_LEAST * t.max() for t in targets)
+  """f(GᵀG); see `spectral_optax.solvers` for the signature that all solvers share."""
+  gram = problem.gram
+  assert gram is not None
+  expansion, log_turn = approximate(FAMILY, problem)
+  to = functools.partial(jnp.asarray, dtype=gram.dtype)
+  r, weights = to(expansion.rate), to(expansion.weights)
+  # Rounding makes eigenvalues of GᵀG negative, where the map runs away: none is left so.
+  floor = 4 * jnp.finfo(gram.dtype).eps * jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1)))
+  unit = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+  at = lambda x: x[:, None, None]
+  y = at(to(0.5 / problem.largest) / problem.unit) * (gram + at(floor) * unit)
+  run = lambda product: functools.partial(_sum_of_iterates, product=product)
+  if problem.half:  # Units for bfloat16 are an accelerator's.
+    eight = problem.tolerance >= COARSE and bool(np.all(np.asarray(problem.alpha) <= 2))
+    rounded = bfloat16_product if eight else sixteen_bit_product
+    f = jax.lax.platform_dependent(y, r, weights, cpu=run(float32_product), default=run(rounded))
+  else:
+    f = run(float32_product)(y, r, weights)
+  # f in units of λ*^(-α/2).
+  scale = jnp.exp(to(-problem.alpha / 2 * log_turn)) * problem.gain
+  return Solution(f * scale[:, None, None], to(expansion.error))
 
 
-def solve_with(problem: Problem, product: Product) -> Solution:
-  """`solve` with products of one kind."""
-  matrix = problem.matrix
-  assert matrix is not None
-  dtype = matrix.dtype
-  m, n = matrix.shape[-2:]
-  fit, turn, top = _plan(problem, m / n)
-  to = functools.partial(jnp.asarray, dtype=dtype)
-  size = np.exp(top)[:, None, None]
-  x = matrix / to(size)
-  # Scanned over steps: (K, batch, ...).
-  steps = to(fit.steps.swapaxes(0, 1))
-  weights = to((fit.weights * np.exp((1 - np.asarray(problem.alpha)) * turn)[:, None]).T)
-  error = to(fit.error)
-  count, degree = len(steps), 2 * steps.shape[-1] - 1
-  if count == 0:  # T is a line.
-    return Solution(weights[0, :, None, None] * x, error)
-  gram = None if problem.gram is None else problem.gram / to(size**2)
-  cost = [
-    tall * m / n + square
-    for tall, square in (products(count, degree, on_gram) for on_gram in (False, True))
-  ]
-  if product is float32_product and cost[1] < cost[0]:
-    gram = product(transpose(x), x) if gram is None else gram
-    return Solution(_on_gram(x, gram, steps, weights, product), error)
-  return Solution(_rectangular(x, gram, steps, weights, product), error)
+def _chunk(count: int, n: int) -> int:
+  """How many of `count` matrices at once."""
+  most = max(1, CHUNK // n**2)
+  return max(size for size in range(1, min(count, most) + 1) if count % size == 0)
+
+
+def _sum_of_iterates(y: jax.Array, r: jax.Array, weights: jax.Array, product: Product) -> jax.Array:
+  """(c I + Σ wₖ Yₖ)² from Y₀, (batch, n, n), r, (batch,), and weights, (batch, K + 2)."""
+  count, n = y.shape[:2]
+  size = _chunk(count, n)
+  if size < count:
+    split = lambda x: x.reshape(-1, size, *x.shape[1:])
+    together = functools.partial(_sum_of_iterates, product=product)
+    found = jax.lax.map(lambda some: together(*some), tuple(map(split, (y, r, weights))))
+    return found.reshape(y.shape)
+  scaled = lambda factor, blocks: tuple(factor[:, None, None] * x for x in blocks)
+  plus = lambda *sums: tuple(map(sum, zip(*sums, strict=True)))
+  unit = _cut(jnp.eye(n, dtype=y.dtype)[None])
+  now = _cut(y)
+  total = plus(scaled(weights[:, 0], unit), scaled(weights[:, 1], now))
+
+  def step(both, weight):
+    now, total = both
+    now = tuple(
+      r[:, None, None] * (x - xx) for x, xx in zip(now, square(now, product), strict=True)
+    )
+    return (now, plus(total, scaled(weight, now))), None
+
+  (_, total), _ = jax.lax.scan(step, (now, total), weights[:, 2:].T)
+  return _join(square(total, product))

@@ -10,53 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
 from spectral_optax.solvers import _mixture
+from spectral_optax.solvers._fitting import Family, approximate
 from spectral_optax.solvers._inverse import weighted_inverses
-from spectral_optax.solvers._problem import Problem, Solution, known
+from spectral_optax.solvers._problem import Problem, Solution
 
-# The turning point σ* that the number of poles for a traced d is made for.
-USUAL_TURN = 0.06
-# What least squares on interpolated poles reaches.
-SMALLEST_TRACED_TOLERANCE = 1e-2
-
-
-def _static(
-  alpha: ArrayLike, damping: ArrayLike, largest: ArrayLike, tolerance: float
-) -> tuple[_mixture.Mixture, np.ndarray]:
-  alpha, damping, largest = np.broadcast_arrays(
-    *(np.atleast_1d(np.asarray(x, np.float64)) for x in (alpha, damping, largest))
-  )
-  log_turn, reach, delta = _mixture.turning_point(alpha, damping, largest, np)
-  return _mixture.fit(alpha, reach, delta, tolerance), log_turn
-
-
-def static_fit(
-  alpha: ArrayLike, damping: ArrayLike, largest: float, tolerance: float
-) -> tuple[float, int]:
-  """The largest error that T has with as many poles as it takes or there may be; and those."""
-  _, _, delta = _mixture.turning_point(
-    np.asarray(alpha, np.float64), np.asarray(damping, np.float64), largest, np
-  )
-  if np.any((np.asarray(alpha) > 0.1) & ~_mixture.turn_is_seen(delta)):
-    return np.inf, 0  # λ* is below what GᵀG in float32 can show.
-  mixture = _static(alpha, damping, largest, tolerance)[0]
-  return float(mixture.error.max()), mixture.poles.shape[1]
-
-
-def _mixtures(problem: Problem) -> tuple[_mixture.Mixture, np.ndarray | jax.Array]:
-  """The mixtures in units of λ*, and log λ*, (batch,)."""
-  if known(problem.alpha) and known(problem.damping):
-    return _static(problem.alpha, problem.damping, problem.largest, problem.tolerance)
-  assert problem.gram is not None
-  alpha, damping = (jnp.asarray(x, problem.gram.dtype) for x in (problem.alpha, problem.damping))
-  log_turn, reach, delta = _mixture.turning_point(alpha, damping, problem.largest)
-  usual = float(np.log(problem.largest.max() / USUAL_TURN**2))
-  return _mixture.traced_fit(
-    alpha, reach, delta, tolerance=problem.tolerance, usual_reach=usual
-  ), log_turn
+FAMILY = Family(
+  _mixture.fit, _mixture.traced_fit, _mixture.usual_poles, lambda found: found.poles.shape[1]
+)
 
 
 def solve(problem: Problem) -> Solution:
@@ -64,7 +26,7 @@ def solve(problem: Problem) -> Solution:
   gram = problem.gram
   assert gram is not None
   dtype, n = gram.dtype, gram.shape[-1]
-  mixture, log_turn = _mixtures(problem)
+  mixture, log_turn = approximate(FAMILY, problem)
   to = lambda x: jnp.asarray(x, dtype)
   # In units of `gram`, so that the large matrix stays as it is.
   turn = jnp.exp(to(log_turn)) * problem.unit
