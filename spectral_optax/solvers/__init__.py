@@ -104,7 +104,7 @@ class Cost(NamedTuple):
 COSTS: Mapping[str, Mapping[int, Cost]] = {
   'cpu': {1: Cost(8, 48), 128: Cost(3, 25), 256: Cost(2, 26), 384: Cost(1.3, 14)},
 }
-ELSEWHERE = Cost(15, math.inf)
+ELSEWHERE = Cost(30, math.inf)
 
 
 def choose_solver(

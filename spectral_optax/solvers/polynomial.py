@@ -13,6 +13,7 @@ Rounding: Y is small where λ is, and keeps its digits there; nothing is subtrac
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,25 @@ from spectral_optax.solvers._problem import Problem, Solution
 # From this tolerance on, and for α up to 2, eight bits will do for Y: what they round off is
 # relative, at every scale of λ, and moves T by 0.01 to 0.02 (tests).
 COARSE = 0.1
-# Numbers of Y that are worked on at once: they stay near the units.
-CHUNK = 2**21
-# From this side on what is symmetric is kept as three blocks of four.
-HALVES_FROM = 512
+
+
+class Layout(NamedTuple):
+  """How a sum of iterates is computed: the same sum, for machines of different kinds.
+
+  Attributes:
+    chunk: Numbers of Y that are worked on at once, to stay near the units.
+    halves_from: From this side on what is symmetric is kept as three blocks of four.
+    unroll: Whether steps are written out: a launch of a kernel costs more than a step of a
+      small matrix, and a loop is a few launches more.
+  """
+
+  chunk: int
+  halves_from: int
+  unroll: bool
+
+
+IN_CACHE = Layout(chunk=2**21, halves_from=512, unroll=False)
+FEW_KERNELS = Layout(chunk=2**26, halves_from=2**16, unroll=True)
 
 # Products of n x n matrices: a step is one, and so is the square.
 FAMILY = Family(
@@ -75,9 +91,9 @@ def square(y: Blocks, product: Product) -> Blocks:
   )
 
 
-def _cut(y: jax.Array) -> Blocks:
+def _cut(y: jax.Array, halves_from: int) -> Blocks:
   n = y.shape[-1]
-  if n < HALVES_FROM:
+  if n < halves_from:
     return (y,)
   half = -(-n // 256) * 128  # Whole tiles of a TPU.
   return y[:, :half, :half], y[:, :half, half:], y[:, half:, half:]
@@ -103,45 +119,51 @@ def solve(problem: Problem) -> Solution:
   unit = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
   at = lambda x: x[:, None, None]
   y = at(to(0.5 / problem.largest) / problem.unit) * (gram + at(floor) * unit)
-  run = lambda product: functools.partial(_sum_of_iterates, product=product)
+  run = lambda *how: functools.partial(_sum_of_iterates, product=how[0], layout=how[1])
+  product = float32_product
   if problem.half:  # Units for bfloat16 are an accelerator's.
     eight = problem.tolerance >= COARSE and bool(np.all(np.asarray(problem.alpha) <= 2))
-    rounded = bfloat16_product if eight else sixteen_bit_product
-    f = jax.lax.platform_dependent(y, r, weights, cpu=run(float32_product), default=run(rounded))
-  else:
-    f = run(float32_product)(y, r, weights)
+    product = bfloat16_product if eight else sixteen_bit_product
+  f = jax.lax.platform_dependent(
+    y,
+    r,
+    weights,
+    cpu=run(float32_product, IN_CACHE),
+    tpu=run(product, IN_CACHE),
+    default=run(product, FEW_KERNELS),
+  )
   # f in units of λ*^(-α/2).
   scale = jnp.exp(to(-problem.alpha / 2 * log_turn)) * problem.gain
   return Solution(f * scale[:, None, None], to(expansion.error))
 
 
-def _chunk(count: int, n: int) -> int:
-  """How many of `count` matrices at once."""
-  most = max(1, CHUNK // n**2)
+def _at_once(count: int, n: int, chunk: int) -> int:
+  """How many of `count` matrices, a divisor of that."""
+  most = max(1, chunk // n**2)
   return max(size for size in range(1, min(count, most) + 1) if count % size == 0)
 
 
-def _sum_of_iterates(y: jax.Array, r: jax.Array, weights: jax.Array, product: Product) -> jax.Array:
+def _sum_of_iterates(
+  y: jax.Array, r: jax.Array, weights: jax.Array, product: Product, layout: Layout = IN_CACHE
+) -> jax.Array:
   """(c I + Σ wₖ Yₖ)² from Y₀, (batch, n, n), r, (batch,), and weights, (batch, K + 2)."""
   count, n = y.shape[:2]
-  size = _chunk(count, n)
+  size = _at_once(count, n, layout.chunk)
   if size < count:
     split = lambda x: x.reshape(-1, size, *x.shape[1:])
-    together = functools.partial(_sum_of_iterates, product=product)
+    together = functools.partial(_sum_of_iterates, product=product, layout=layout)
     found = jax.lax.map(lambda some: together(*some), tuple(map(split, (y, r, weights))))
     return found.reshape(y.shape)
   scaled = lambda factor, blocks: tuple(factor[:, None, None] * x for x in blocks)
-  plus = lambda *sums: tuple(map(sum, zip(*sums, strict=True)))
-  unit = _cut(jnp.eye(n, dtype=y.dtype)[None])
-  now = _cut(y)
+  plus = lambda a, b: tuple(jax.tree.map(jnp.add, a, b))
+  unit = _cut(jnp.eye(n, dtype=y.dtype)[None], layout.halves_from)
+  now = _cut(y, layout.halves_from)
   total = plus(scaled(weights[:, 0], unit), scaled(weights[:, 1], now))
 
   def step(both, weight):
     now, total = both
-    now = tuple(
-      r[:, None, None] * (x - xx) for x, xx in zip(now, square(now, product), strict=True)
-    )
+    now = scaled(r, tuple(jax.tree.map(jnp.subtract, now, square(now, product))))
     return (now, plus(total, scaled(weight, now))), None
 
-  (_, total), _ = jax.lax.scan(step, (now, total), weights[:, 2:].T)
+  (_, total), _ = jax.lax.scan(step, (now, total), weights[:, 2:].T, unroll=layout.unroll)
   return _join(square(total, product))
