@@ -77,7 +77,10 @@ def shown(rows: list[dict[str, Any]]) -> list[list[str]]:
       values, first = (np.array([r[key] for r in of['by_seed']]) * scale for of in (row, rows[0]))
       difference = values - first
       error = difference.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-      line += [f'{values.mean():.{digits}f}', f'{difference.mean():+.{digits}f} ± {error:.{digits}f}']
+      line += [
+        f'{values.mean():.{digits}f}',
+        f'{difference.mean():+.{digits}f} ± {error:.{digits}f}',
+      ]
     cells.append(line)
   return cells
 

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 import spectral_optax
 from spectral_optax import solvers
-from spectral_optax.solvers import _inverse, _mixture, _spectrum
+from spectral_optax.solvers import _fitting, _inverse, _mixture, _spectrum
 from tests import reference
 
 MATRICES = reference.matrices()
@@ -241,10 +241,10 @@ def test_turning_points_that_are_seen_are_seen_in_float32():
   rng = np.random.default_rng(0)
   alpha, reach = rng.uniform(0.25, 2, 1000), rng.uniform(1, 15.9, 1000)
   damping = np.exp((np.log(64) - reach) * alpha / 2)
-  _, _, delta = _mixture.turning_point(jnp.float32(alpha), jnp.float32(damping), 64.0)
-  assert _mixture.turn_is_seen(delta).all()
-  _, _, delta = _mixture.turning_point(np.array([0.5, 2]), np.array([1e-9, 1e-9]), 64.0, np)
-  assert not _mixture.turn_is_seen(delta).any()
+  _, _, delta = _fitting.turning_point(jnp.float32(alpha), jnp.float32(damping), 64.0)
+  assert _fitting.turn_is_seen(delta).all()
+  _, _, delta = _fitting.turning_point(np.array([0.5, 2]), np.array([1e-9, 1e-9]), 64.0, np)
+  assert not _fitting.turn_is_seen(delta).any()
 
 
 @pytest.mark.parametrize('name', MATRICES)
@@ -347,29 +347,32 @@ def test_auto_meets_its_tolerance_for_every_alpha(tolerance):
 
 
 def test_auto_takes_what_can_meet_the_tolerance():
-  choose = lambda alpha, damping=0.1, n=64, **k: solvers.choose_solver(
-    'auto', alpha, damping, n, **k
+  choose = lambda alpha, damping=0.1, n=512, **k: solvers.choose_solver(
+    'auto', alpha, damping, n, backend='cpu', **k
   )
   assert choose(2.0) == choose(np.array([0.5, 1.5])) == choose(jnp.asarray(1.5)) == 'rational'
   assert choose(2.0, tolerance=1e-6) == 'rational'  # One pole, exactly.
   assert choose(1.5, tolerance=1e-6) == 'gram'
   assert choose(jnp.asarray(1.5), tolerance=1e-6) == 'gram'
-  assert choose(2.1) == choose(np.array([1.5, 2.5])) == 'gram'
+  assert choose(2.1, 1.0) == choose(np.array([1.5, 2.5]), 1.0) == 'polynomial'
+  assert choose(2.1, tolerance=1e-6) == 'gram'
   assert choose(1.0, 1e-9) == choose(1.0, 0.0) == 'gram'  # No turn that float32 can see.
   assert solvers.choose_solver('svd', 2.0, 0.1, 64) == 'svd'
 
 
-def test_auto_decomposes_where_poles_would_cost_more():
-  """On a CPU alone, and from the more poles on the larger a matrix is."""
-  choose = lambda n, tolerance, backend: solvers.choose_solver(
-    'auto', 0.85, 0.06**0.85, n, tolerance=tolerance, backend=backend
+def test_auto_takes_the_cheapest():
+  """Of poles, steps and eigenvectors, by side and backend."""
+  choose = lambda n, tolerance, backend, alpha=0.85: solvers.choose_solver(
+    'auto', alpha, 0.06**alpha, n, tolerance=tolerance, backend=backend
   )
-  assert choose(64, 0.1, 'cpu') == choose(2048, 0.01, 'cpu') == 'rational'
-  assert choose(64, 1e-3, 'cpu') == 'gram'
-  assert choose(64, 1e-3, 'gpu') == choose(64, 1e-3, 'tpu') == 'rational'
-  above = lambda alpha, backend: solvers.choose_solver('auto', alpha, 0.1, 32, backend=backend)
-  assert above(2.3, 'tpu') == 'polynomial'
-  assert above(2.3, 'cpu') == above(4.0, 'tpu') == 'gram'
+  assert choose(64, 0.1, 'cpu') == choose(64, 1e-3, 'cpu') == 'polynomial'
+  assert choose(64, 0.1, 'cpu', 2.0) == choose(2048, 1e-2, 'cpu') == 'rational'
+  assert choose(128, 1e-3, 'cpu') == 'gram'
+  for backend in ('gpu', 'tpu'):
+    assert choose(64, 0.1, backend, 2.0) == choose(2048, 0.1, backend) == 'polynomial'
+    assert choose(2048, 1e-6, backend, 2.0) == 'rational'  # One pole, exactly.
+  traced = lambda n: solvers.choose_solver('auto', jnp.ones(2), 0.1, n, backend='cpu')
+  assert (traced(64), traced(512)) == ('polynomial', 'rational')
 
 
 @pytest.mark.parametrize('solver', ['svd', 'gram'])
@@ -608,8 +611,6 @@ G = np.ones((3, 2), np.float32)
     ({'alpha': 2, 'normalize': 'max'}, ValueError, "normalize.*'max'"),
     ({'alpha': 1.5, 'solver': 'cholesky'}, ValueError, 'alpha = 2 alone.*1.5'),
     ({'alpha': jnp.array(2.0), 'solver': 'cholesky'}, ValueError, 'Use solver="gram"'),
-    ({'alpha': jnp.array(1.5), 'solver': 'polynomial'}, ValueError, 'known while tracing'),
-    ({'alpha': 1, 'solver': 'polynomial', 'normalize': None}, ValueError, 'Use a normalisation'),
     ({'alpha': np.ones(3)}, ValueError, r'alpha of shape \(3,\) does not broadcast'),
   ],
 )

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from spectral_optax.solvers._inverse import weighted_inverses
 from spectral_optax.solvers._problem import Problem, known
 
 # The turning point σ* that the number of terms for a traced d is made for.
@@ -70,21 +69,39 @@ def denominator(x: Any, alpha: Any, delta: Any) -> Any:
 
 
 def least_squares_of_one(columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Weights with columns @ weights ≈ 1, and the largest error: (batch, num, count)."""
-  dtype = columns.dtype
-  scale = jnp.max(jnp.abs(columns), axis=1)
-  columns = columns / scale[:, None]
-  multiply = lambda equation, *a: jnp.einsum(equation, *a, precision='highest')
-  normal = multiply('bij,bik->bjk', columns, columns)
-  ridge = 30 * jnp.finfo(dtype).eps * jnp.trace(normal, axis1=1, axis2=2)
-  ridged = normal + ridge[:, None, None] * jnp.eye(normal.shape[-1], dtype=dtype)[None]
-  inverted = weighted_inverses(ridged[:, None], jnp.ones_like(ridge)[:, None], ridge[:, None] / 2)
-  solve = lambda right: multiply('bjk,bk->bj', inverted, multiply('bij,bi->bj', columns, right))
-  solution = solve(jnp.ones_like(columns[:, :, 0]))
-  for _ in range(2):  # Takes most of the ridge back.
-    solution += solve(1 - multiply('bij,bj->bi', columns, solution))
-  error = jnp.max(jnp.abs(multiply('bij,bj->bi', columns, solution) - 1), axis=1)
-  return solution / scale, error
+  """Weights with columns @ weights ≈ 1, and the largest error: (batch, num, count).
+
+  By modified Gram-Schmidt with the right side as one more column, which is backward stable:
+  weights cancel where f is smallest, and normal equations would lose all digits there. In
+  loops of products, without a decomposition of any kind.
+  """
+  dtype, count = columns.dtype, columns.shape[-1]
+  scale = jnp.sqrt(jnp.sum(jnp.square(columns), axis=1, keepdims=True))
+  given = columns / scale
+  index = jnp.arange(count + 1)
+  last = jnp.ones_like(given[:, :, :1])
+
+  def orthogonalize(left, k):
+    q = jnp.take(left, k, axis=2)
+    norm = jnp.sqrt(jnp.sum(jnp.square(q), axis=1))
+    # What the columns before it have made up already is noise, and gets no weight.
+    q = jnp.where(norm > 10 * jnp.finfo(dtype).eps, 1 / norm, 0)[:, None] * q
+    row = jnp.where(index[None] > k, jnp.sum(q[:, :, None] * left, axis=1), 0)
+    return left - q[:, :, None] * row[:, None], (row, norm)
+
+  start = jnp.concatenate([given, last], axis=-1)
+  _, (rows, norms) = jax.lax.scan(orthogonalize, start, index[:-1])
+
+  def substitute(solution, row_norm_k):
+    row, norm, k = row_norm_k
+    rest = row[:, -1] - jnp.sum(row[:, :-1] * solution, axis=1)
+    return jnp.where(index[None, :-1] == k, (rest / norm)[:, None], solution), None
+
+  solution, _ = jax.lax.scan(
+    substitute, jnp.zeros_like(given[:, 0]), (rows, norms, index[:-1]), reverse=True
+  )
+  made = jnp.einsum('bij,bj->bi', given, solution, precision='highest')
+  return solution / scale[:, 0], jnp.max(jnp.abs(made - 1), axis=1)
 
 
 class Family(NamedTuple):

@@ -34,6 +34,7 @@ from spectral_optax.solvers._fitting import (
 
 MAX_STEPS = 30
 _POINTS = 240
+_TRACED_POINTS = 100
 _LAWSON = 40
 # α that a traced one is expected among.
 _ALPHAS = np.array([0.5, 0.85, 1.2, 1.6, 2.0, 2.8])
@@ -117,10 +118,11 @@ def _fit(problems: tuple[tuple[float, float, float], ...], tolerance: float) -> 
   # No fit within 0.3 has less than half a step for each e-fold of λ.
   first = max(1, int(0.5 * reach.max())) if tolerance < 0.3 else 0
   r = rate(alpha, tolerance)
-  for steps in range(first, MAX_STEPS + 1):
-    weights, error = _minimax(_columns(alpha, reach, delta, r, steps))
+  weights, error = _minimax(_columns(alpha, reach, delta, r, first))
+  for steps in range(first + 1, MAX_STEPS + 1):
     if _squared(error.max()) <= tolerance:
       break
+    weights, error = _minimax(_columns(alpha, reach, delta, r, steps))
   return Expansion(r, weights, _squared(error))
 
 
@@ -154,7 +156,7 @@ def traced_fit(
   alpha: jax.Array, reach: jax.Array, delta: jax.Array, *, tolerance: float, usual_reach: float
 ) -> Expansion:
   """For traced (batch,) values, with a number of steps that is not."""
-  x = points(alpha, reach, delta, _POINTS, jnp)
+  x = points(alpha, reach, delta, _TRACED_POINTS, jnp)
   steps, r = usual_steps(usual_reach, tolerance), rate(alpha, tolerance, jnp)
   share = jnp.minimum(x * jnp.exp(-reach)[:, None], 1)
   columns = jnp.stack(iterates(share, r, steps), axis=-1)
