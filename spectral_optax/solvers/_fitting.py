@@ -76,7 +76,7 @@ def least_squares_of_one(columns: jax.Array) -> tuple[jax.Array, jax.Array]:
   loops of products, without a decomposition of any kind.
   """
   dtype, count = columns.dtype, columns.shape[-1]
-  scale = jnp.sqrt(jnp.sum(jnp.square(columns), axis=1, keepdims=True))
+  scale = jnp.max(jnp.abs(columns), axis=1, keepdims=True)
   given = columns / scale
   index = jnp.arange(count + 1)
   last = jnp.ones_like(given[:, :, :1])
