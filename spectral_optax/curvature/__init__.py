@@ -24,7 +24,7 @@ from spectral_optax.curvature.fits import (
   participation_ratio,
   rank_profile,
 )
-from spectral_optax.curvature.measure import measure
+from spectral_optax.curvature.measuring import measure
 from spectral_optax.curvature.report import CurvatureReport, LayerCurvature
 
 __all__ = [

@@ -240,7 +240,7 @@ def fit_decay(
   seed: int = 0,
   level: float = 0.95,
 ) -> PowerLawFit:
-  """s of h_(r) ∝ r^-s: how fast the curvatures decay once they are sorted.
+  """The s of h_(r) ∝ r^-s: how fast the curvatures decay once they are sorted.
 
   Args:
     h: Curvatures, (K,), in any order; the positive ones are sorted, the others left out.

@@ -30,7 +30,8 @@ class LayerCurvature:
     participation_h: Participation ratio of the positive h_k.
     participation_gradient: Of `spectrum`.
     bound: What `participation_bound` says for these α and γ.
-    num_negative: How many h_k are negative.
+    num_directions: How many of the K singular values are more than rounding.
+    num_negative: How many of their h_k are negative.
     reason: Why there is nothing to fit at all (a gradient of zero, a NaN); empty otherwise.
   """
 
@@ -50,6 +51,7 @@ class LayerCurvature:
   participation_h: float
   participation_gradient: float
   bound: float
+  num_directions: int
   num_negative: int
   reason: str = ''
 
