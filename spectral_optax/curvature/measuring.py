@@ -76,9 +76,10 @@ def measure(
       in shape.
     gauss_newton: None, or (f, c) with ``loss_fn(params) = c(f(params))``, each with the
       batch as second argument if there are batches: for the Gauss-Newton curvature too.
-    rank_tolerance: Singular values up to this part of the largest are zero: kept in
-      `spectrum` and `sigma`, their h NaN, and out of the fits. None: what rounding leaves,
-      max(rows, columns) times the precision of the data type; 0: exact zeros alone.
+    rank_tolerance: Singular values up to this part of the largest are zero: kept in the
+      report, with the curvature along the directions that rounding has given them, and out
+      of all fits. None: what rounding leaves, max(rows, columns) times the precision of the
+      data type; 0: exact zeros alone, as published.
     min_points: With fewer points there is no fit; see `fit_alpha`.
     bootstrap: Draws for the intervals of the exponents; 0 for none.
     seed: Of those draws.
@@ -165,18 +166,17 @@ def _row(
   there = sigma > tolerance * largest
   reason = 'its gradient is zero' if largest == 0 else ''
   reason = reason if np.isfinite(largest) else 'its gradient is not finite'
-  h = np.where(there, h, np.nan)
-  if h_gauss_newton is not None:
-    h_gauss_newton = np.where(there, h_gauss_newton, np.nan)
+  if reason:  # Then so are all directions.
+    h = np.full_like(h, np.nan)
+    h_gauss_newton = None if h_gauss_newton is None else h
   # What is there comes first: the spectrum decreases.
   alpha = fits.fit_alpha(sigma[there], h[there], **options)
   gamma = fits.fit_gamma(sigma[there], **options)
   s = fits.fit_decay(h[there], **options)
   if reason:
     alpha, gamma, s = (fit._replace(reason=reason) for fit in (alpha, gamma, s))
-  with np.errstate(invalid='ignore'):
-    positive, negative = h > 0, int(np.sum(h < 0))
-  broken = not np.isfinite(h[there]).all()
+  real = h[there]
+  spread = fits.participation_ratio(real[real > 0]) if np.isfinite(real).all() else np.nan
   return LayerCurvature(
     **where,
     spectrum=spectrum,
@@ -187,11 +187,11 @@ def _row(
     gamma=gamma,
     s=s,
     profile=fits.rank_profile(sigma[there]),
-    participation_h=float('nan') if broken else fits.participation_ratio(h[positive]),
+    participation_h=spread,
     participation_gradient=fits.participation_ratio(spectrum),
     bound=float(fits.participation_bound(alpha.exponent, gamma.exponent)),
     num_directions=int(there.sum()),
-    num_negative=negative,
+    num_negative=int(np.sum(real < 0)),
     reason=reason,
   )
 
