@@ -34,6 +34,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend import core
 from jax.typing import ArrayLike
 
 from spectral_optax import layout
@@ -231,6 +232,16 @@ class Problem:
       for batch, weight in self.batches():
         yield jax.tree.map(jnp.asarray, batch), weight, bar
 
+  def in_order_of_use(self) -> list[str]:
+    """The paths of the matrices as the loss comes across them: by depth, in a network."""
+    batch = next(iter(self.batches()))[0]
+    program = jax.make_jaxpr(self.static.loss)(self.leaves, batch).jaxpr
+    names = {i: path for path, i in self.positions.items()}
+    owners = [names.get(i) for i in range(len(program.invars))]
+    seen: dict[str, None] = {}
+    _uses(program, owners, seen)
+    return [*seen, *(path for path in self.positions if path not in seen)]
+
   def curvature(
     self,
     directions: Mapping[str, tuple[ArrayLike, ArrayLike]],
@@ -276,6 +287,39 @@ class Problem:
       key = path if group_by == 'parameter' else (dataclasses.replace(view, path=''), leaf.dtype)
       groups.setdefault(key, []).append(path)
     return list(groups.values())
+
+
+def _uses(
+  program: core.Jaxpr, owners: Sequence[str | None], seen: dict[str, None]
+) -> list[str | None]:
+  """Adds to `seen` whose values meet others, in that order.
+
+  A value that is only cast, reshaped or the like still belongs to its parameter.
+
+  Returns:
+    Whom the outputs belong to.
+  """
+  owner = {v: o for v, o in zip(program.invars, owners, strict=True) if o is not None}
+  read = lambda v: None if isinstance(v, core.Literal) else owner.get(v)
+  for eqn in program.eqns:
+    operands = [read(v) for v in eqn.invars]
+    owned = {o for o in operands if o is not None}
+    if not owned:
+      continue
+    programs = (getattr(p, 'jaxpr', p) for p in eqn.params.values())
+    inner = [p for p in programs if isinstance(p, core.Jaxpr)]
+    if len(inner) == 1 and len(inner[0].invars) == len(operands):
+      outs = _uses(inner[0], operands, seen)
+    elif len(owned) == 1 and all(
+      o is not None or isinstance(v, core.Literal)
+      for v, o in zip(eqn.invars, operands, strict=True)
+    ):
+      outs = [*owned] * len(eqn.outvars)
+    else:
+      seen.update(dict.fromkeys(o for o in operands if o is not None))
+      continue
+    owner |= {v: o for v, o in zip(eqn.outvars, outs, strict=True) if o is not None}
+  return [read(v) for v in program.outvars]
 
 
 def _at_least_single(x: jax.Array) -> jax.Array:

@@ -90,8 +90,9 @@ def measure(
     progress: Whether to show bars (needs tqdm).
 
   Returns:
-    A `CurvatureReport` with a row a matrix; of a stack of layers, a row each. Where a
-    gradient is zero or not finite, its row is of NaN and has a `reason`.
+    A `CurvatureReport` with a row a matrix, of a stack of layers a row each, in the order
+    in which the loss uses them. Where a gradient is zero or not finite, its row is of NaN
+    and has a `reason`.
 
   Raises:
     ValueError: no matrix among the parameters, a `gauss_newton` that is another loss,
@@ -119,8 +120,8 @@ def measure(
   types = layout.layer_types_by_path(params)
   fit = functools.partial(_row, min_points=min_points, bootstrap=bootstrap, seed=seed, level=level)
   rows = []
-  for path, view in problem.views.items():
-    gradient = gradients[path]
+  for path in problem.in_order_of_use():
+    view, gradient = problem.views[path], gradients[path]
     finite = np.asarray(jnp.isfinite(gradient).all((1, 2)))
     tolerance = rank_tolerance
     if tolerance is None:

@@ -70,9 +70,10 @@ def curvature(report: CurvatureReport, *, layers: Sequence[str] | None = None) -
     positive = h > 0
     axes.plot(sigma[positive], h[positive], 'o', ms=4, color=_colour(layer), mec='white', mew=0.4)
     axes.plot(sigma[h < 0], -h[h < 0], 'o', ms=4, mfc='none', mec=RED, mew=0.9)
-    _title(axes, layer, _exponent('α', layer.alpha), f'R² = {layer.alpha.r_squared:.2f}')
     if math.isnan(layer.alpha.exponent):
+      _title(axes, layer, f'no fit: {positive.sum()} of {len(h)} h$_k$ > 0')
       continue
+    _title(axes, layer, f'α = {layer.alpha.exponent:.2f}, R² = {layer.alpha.r_squared:.2f}')
     x = np.log(sigma[positive])
     ends = np.array([x.min(), x.max()])
     line = layer.alpha.log_constant + layer.alpha.exponent * ends
@@ -90,7 +91,7 @@ def curvature(report: CurvatureReport, *, layers: Sequence[str] | None = None) -
     _handle('-', 'h ∝ σ$^α$', color='black'),
     _patch('interval of α'),
   ]
-  figure.legend(handles=handles, loc='outside lower center', ncols=4)
+  figure.legend(handles=handles, loc='outside upper center', ncols=4)
   return figure
 
 
@@ -108,7 +109,7 @@ def rank_profile(report: CurvatureReport, *, layers: Sequence[str] | None = None
     ranks = np.arange(1, len(sigma) + 1)
     axes.plot(ranks, sigma, 'o', ms=4, color=GREY, mec='white', mew=0.4)
     best = layer.profile.best
-    _title(axes, layer, best.replace('_', ' ') or layer.profile.reason)
+    _title(axes, layer, best.replace('_', ' ') or 'no fit')
     if not best:
       continue
     grid = np.geomspace(1, len(sigma), 100)
@@ -122,7 +123,7 @@ def rank_profile(report: CurvatureReport, *, layers: Sequence[str] | None = None
     _handle('o', 'σ$_k$', color=GREY),
     *(_handle(s, name.replace('_', ' '), color=c) for name, (c, s) in styles.items()),
   ]
-  figure.legend(handles=handles, loc='outside lower center', ncols=4)
+  figure.legend(handles=handles, loc='outside upper center', ncols=4)
   return figure
 
 
@@ -147,8 +148,9 @@ def transfer_map(
   )
   for axes, layer in panels:
     alpha = float(np.asarray(alphas[layer.path])[layer.index])
-    measured = alpha == layer.alpha.exponent
-    _title(axes, layer, f'α = {alpha:.2f}' + ('' if measured else ' (not as measured)'))
+    measured = layer.alpha.exponent
+    note = '' if alpha == measured else f' (measured: {measured:.2f})'
+    _title(axes, layer, f'α = {alpha:.2f}' + note.replace('nan', 'no fit'))
     sigma = layer.spectrum / max(np.sqrt(np.mean(layer.spectrum**2)), np.finfo(float).tiny)
     # Without directions that are there by rounding alone.
     sigma = sigma[sigma > 1e-4 * sigma.max(initial=0)]
@@ -160,12 +162,12 @@ def transfer_map(
     if alpha > 0:
       axes.axvline(damping ** (1 / alpha), color=GREY, linewidth=0.8, linestyle=':')
     axes.set_xlim(grid[0], grid[-1])
+    axes.set_ylim(0.05, 5)
   handles = [
     _handle('o', "the gradient's σ$_k$", color=BLUE),
-    _handle(':', 'turning point σ* = d$^{1/α}$', color=GREY),
+    _handle(':', f'σ* = d$^{{1/α}}$, d = {damping:g}', color=GREY),
   ]
-  figure.legend(handles=handles, loc='outside lower center', ncols=2)
-  figure.suptitle(f'd = {damping:g}')
+  figure.legend(handles=handles, loc='outside upper center', ncols=2)
   return figure
 
 
@@ -198,10 +200,12 @@ def spectral_transfer(
     fill = colour if good else 'none'
     axes.plot(layer.predicted_s, layer.s.exponent, 'o', ms=7, mfc=fill, mec=colour)
     if label_outliers and layer.transfer_error > 0.1:
+      above = layer.s.exponent > layer.predicted_s
       axes.annotate(
         short_name(layer.name),
         (layer.predicted_s, layer.s.exponent),
-        xytext=(6, -9),
+        xytext=(-6, 5) if above else (6, -11),
+        ha='right' if above else 'left',
         textcoords='offset points',
         fontsize=8,
         color='#444444',
@@ -355,17 +359,30 @@ def _chosen(report: CurvatureReport, names: Sequence[str] | None) -> list[LayerC
 
 
 def _few_ticks(axis: Any, low: float, high: float) -> None:
-  """Powers of ten, or where there are none 1, 2 and 5 times these."""
-  from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
+  """Powers of ten, and what it takes between them for three or so."""
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
   decades = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
-  subs = (1,) if decades >= 2 else (1, 2, 5) if high / low > 3 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
+  subs = next(
+    subs
+    for enough, subs in (
+      (decades >= 2, (1,)),
+      (high / low > 12, (1, 3)),
+      (high / low > 3, (1, 2, 5)),
+      (True, (1, 1.5, 2, 3, 4, 5, 6, 7, 8)),
+    )
+    if enough
+  )
   axis.set_major_locator(LogLocator(subs=subs, numticks=6))
   plain = low >= 1e-3 and high <= 1e4
-  axis.set_major_formatter(
-    FuncFormatter(lambda value, _: f'{value:g}') if plain else LogFormatterMathtext()
-  )
+  axis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}' if plain else _power(x)))
   axis.set_minor_formatter(NullFormatter())
+
+
+def _power(x: float) -> str:
+  """10⁻⁵, 2 · 10⁻⁵."""
+  mantissa, exponent = f'{x:.0e}'.split('e')
+  return ('' if mantissa == '1' else f'{mantissa} · ') + f'10$^{{{int(exponent)}}}$'
 
 
 def _log(axes: Any, low: float, high: float) -> None:
@@ -383,14 +400,8 @@ def _around(axes: Any, values: np.ndarray) -> None:
   axes.set_ylim(values.min() / 1.6, values.max() * 1.6)
 
 
-def _title(axes: Any, layer: LayerCurvature, *parts: str) -> None:
-  axes.set_title('\n'.join([short_name(layer.name), ', '.join(filter(None, parts))]), fontsize=9)
-
-
-def _exponent(symbol: str, fit: PowerLawFit) -> str:
-  if math.isnan(fit.exponent):
-    return fit.reason
-  return f'{symbol} = {fit.exponent:.2f}'
+def _title(axes: Any, layer: LayerCurvature, line: str) -> None:
+  axes.set_title(f'{short_name(layer.name)}\n{line}', fontsize=9)
 
 
 def _interval(fit: PowerLawFit) -> tuple[float, float]:

@@ -104,7 +104,7 @@ class CurvatureReport:
   """What `measure` has found.
 
   Attributes:
-    layers: A row a matrix, in the order of the parameters.
+    layers: A row a matrix, in the order in which the loss uses them: by depth.
     loss: Over all batches.
     settings: How it was measured, of plain numbers and strings.
     alignment: The decomposition of each matrix (`kronecker_alignment`), by
