@@ -106,17 +106,18 @@ def masked_line(x: ArrayLike, y: ArrayLike, mask: ArrayLike) -> Line:
     A `Line` of arrays of shape (...): JAX arrays if an argument is one, else NumPy's.
   """
   xp = jnp if any(isinstance(a, jax.Array) for a in (x, y, mask)) else np
-  x, y, mask = xp.asarray(x), xp.asarray(y), xp.asarray(mask)
+  mask = xp.asarray(mask)
+  x, y = xp.where(mask, xp.asarray(x), 0), xp.where(mask, xp.asarray(y), 0)
 
   def mean(a):
-    return xp.sum(xp.where(mask, a, 0), axis=-1, keepdims=True) / xp.maximum(count, 1)
+    return xp.sum(a, axis=-1, keepdims=True) / xp.maximum(count, 1)
 
   def ratio(a, b, defined):
     return xp.where(defined, a, np.nan) / xp.where(defined, b, 1)
 
   def spread(a, centred):
     """Sum of squares, and whether it is more than rounding has left."""
-    size = xp.max(xp.where(mask, abs(a), 0), axis=-1, initial=0)
+    size = xp.max(abs(a), axis=-1, initial=0)
     squares = xp.sum(centred**2, axis=-1)
     return squares, squares > n * (4 * xp.finfo(a.dtype).eps * size) ** 2
 
@@ -153,11 +154,12 @@ def masked_power_law(x: ArrayLike, y: ArrayLike, mask: ArrayLike | None = None) 
   xp = jnp if any(isinstance(a, jax.Array) for a in (x, y, mask)) else np
   x, y = xp.asarray(x), xp.asarray(y)
   may = xp.ones(x.shape, bool) if mask is None else xp.asarray(mask)
-  positive = may & (x > 0) & (y > 0)
+  finite = xp.isfinite(x) & xp.isfinite(y)
+  positive = may & finite & (x > 0) & (y > 0)
   log = lambda a: xp.log(xp.where(positive, a, 1))
   line = masked_line(log(x), log(y), positive)
-  finite = xp.all(xp.where(may, xp.isfinite(x) & xp.isfinite(y), True), axis=-1)
-  clean = lambda a: xp.where(finite, a, np.nan)
+  all_finite = xp.all(finite | ~may, axis=-1)
+  clean = lambda a: xp.where(all_finite, a, np.nan)
   return Line(*map(clean, line))._replace(num_points=line.num_points)
 
 
