@@ -18,7 +18,7 @@ COUNT = 4
 def network(params, x):
   """A convolution, a stack of layers that is scanned, a kernel of three axes, and a head."""
   (conv, stack, proj, dense, head) = (
-    params[k] for k in ('conv', 'layers', 'proj', 'dense', 'head')
+    params[k] for k in ('conv', 'layers', 'dense_in', 'dense', 'head')
   )
   dimensions = ('NHWC', 'HWIO', 'NHWC')
   x = jax.lax.conv_general_dilated(x, conv['kernel'], (1, 1), 'VALID', dimension_numbers=dimensions)
@@ -45,7 +45,7 @@ def make(seed=0):
   params = {
     'conv': {'kernel': normal(2, 2, 2, 2), 'bias': normal(2)},
     'layers': {'kernel': normal(3, 8, 8), 'bias': normal(3, 8)},
-    'proj': {'kernel': normal(2, 4, 5), 'bias': normal(5)},
+    'dense_in': {'kernel': normal(2, 4, 5), 'bias': normal(5)},
     'dense': {'kernel': normal(5, 5)},
     'head': {'kernel': normal(5, 5)},
   }
@@ -320,10 +320,10 @@ def test_half_precision_is_measured_in_single():
   params, directions, batch, _ = case('float32')
   half = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params)
   single = jax.tree.map(lambda p: p.astype(jnp.float32), half)
-  some = {'proj/kernel': directions['proj/kernel']}
+  some = {'dense_in/kernel': directions['dense_in/kernel']}
   found = curvature.directional_curvature(loss_fn, half, some, batches=[batch])[0]
   expected = curvature.directional_curvature(loss_fn, single, some, batches=[batch])[0]
-  np.testing.assert_array_equal(found['proj/kernel'], expected['proj/kernel'])
+  np.testing.assert_array_equal(found['dense_in/kernel'], expected['dense_in/kernel'])
 
 
 def test_an_equinox_module_with_functions_for_leaves():
