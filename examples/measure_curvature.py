@@ -106,26 +106,29 @@ def train_and_measure(
   # compiled twice.
   graph = nnx.graphdef(model)
 
+  def mean_loss(network, x, y):
+    return train_vision.loss_and_logits(network, x, y)[0]
+
   def loss_fn(params, batch):
     rest, x, y = batch
-    network = nnx.merge(graph, params, rest, copy=True)
-    return train_vision.loss_and_logits(network, x, y)[0]
+    return mean_loss(nnx.merge(graph, params, rest, copy=True), x, y)
 
   def measure() -> curvature.CurvatureReport:
     _, params, rest = nnx.split(model, nnx.Param, ...)
-    starts = range(0, args.images, args.measure_batch_size)
-    batches = [
-      (rest, images[i : i + args.measure_batch_size], labels[i : i + args.measure_batch_size])
-      for i in starts
-    ]
-    return curvature.measure(
+    size = args.measure_batch_size
+    starts = range(0, args.images, size)
+    report = curvature.measure(
       loss_fn,
       params,
       top_k=args.top_k,
-      batches=batches,
+      batches=[(rest, images[i : i + size], labels[i : i + size]) for i in starts],
       memory_budget=args.memory_budget,
       progress=not args.quiet,
     )
+    if size < args.images:  # The decomposition is of one batch.
+      return report
+    captured = curvature.flax.capture(model, mean_loss, images[:size], labels[:size])
+    return curvature.align_report(report, captured)
 
   reports, losses = {}, []
   shuffle, order = np.random.default_rng(args.seed), np.empty(0, np.int64)
@@ -214,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--seed', type=int, default=0)
   add('--points', type=int, nargs='+', help='steps to measure at; default 0, 20, 100 and the end')
   add('--images', type=int, default=1024, help='to measure on, %(default)s')
-  add('--measure-batch-size', type=int, default=256, help='of these at once, %(default)s')
+  add('--measure-batch-size', type=int, help='of these at once, default all of them')
   add('--top-k', type=int, default=20, help='singular directions of each layer, %(default)s')
   add('--memory-budget', type=int, default=2**31, help='bytes, %(default)s')
   add('--output', type=pathlib.Path, default=pathlib.Path('runs', 'measure_curvature'))
@@ -238,7 +241,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   args.train_images = count
   args.batch_size = min(args.batch_size or task.batch_size, count)
   args.images = min(args.images, count)
-  args.measure_batch_size = min(args.measure_batch_size, args.images)
+  args.measure_batch_size = min(args.measure_batch_size or args.images, args.images)
   args.images -= args.images % args.measure_batch_size  # Batches of one size.
   args.steps = (args.epochs or task.epochs) * (count // args.batch_size)
   rates = train_vision.TUNED.get(data.name, train_vision.TUNED['fashion-mnist'])

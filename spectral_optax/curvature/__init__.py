@@ -10,6 +10,13 @@ are its parts. Source: A. Calvo, "Spectral Asymptotics of Neural Network Loss La
 arXiv:2606.02596. Nothing in here knows an optimizer.
 """
 
+from spectral_optax.curvature import flax
+from spectral_optax.curvature.alignment import (
+  KroneckerAlignment,
+  align_report,
+  kronecker_alignment,
+)
+from spectral_optax.curvature.capturing import LayerCapture, capture_layers
 from spectral_optax.curvature.directional import directional_curvature
 from spectral_optax.curvature.fits import (
   Line,
@@ -34,6 +41,13 @@ __all__ = [
   'LayerCurvature',
   # Curvature along directions.
   'directional_curvature',
+  # Why they follow the singular values: the Spectral Alignment Decomposition.
+  'kronecker_alignment',
+  'KroneckerAlignment',
+  'align_report',
+  'flax',
+  'capture_layers',
+  'LayerCapture',
   # Exponents.
   'fit_alpha',
   'fit_gamma',
