@@ -250,7 +250,7 @@ def depth(report: CurvatureReport, *, min_r_squared: float = 0.9) -> Any:
   ]
   if any(x.alpha.r_squared < min_r_squared for x in report.layers):
     handles.append(_handle('o', f'R² < {min_r_squared:g}', mfc='none', mec=GREY))
-  figure.legend(handles=handles, loc='outside upper center', ncols=len(handles))
+  figure.legend(handles=handles, loc='outside upper center', ncols=4)
   return figure
 
 
@@ -272,9 +272,9 @@ def alignment(report: CurvatureReport) -> Any:
     )
   figure, axes = _figure(_width(len(layers)), 4.2)
   parts = {
-    'β: eigenvalues': ('beta', BLUE),
-    'φ: alignment': ('phi_slope', ORANGE),
-    'χ: exact over Kronecker': ('chi_slope', GREEN),
+    'β, eigenvalues': ('beta', BLUE),
+    'φ, alignment': ('phi_slope', ORANGE),
+    'χ, exact / Kronecker': ('chi_slope', GREEN),
   }
   up, down, numbers = np.zeros(len(layers)), np.zeros(len(layers)), np.arange(len(layers))
   for label, (name, colour) in parts.items():
@@ -284,11 +284,12 @@ def alignment(report: CurvatureReport) -> Any:
     )
     up, down = up + np.maximum(values, 0), down + np.minimum(values, 0)
   exact = [found[x.name].alpha for x in layers]
-  axes.plot(numbers, exact, 'D', ms=6, color='black', mec='white', label='α: their sum')
+  axes.plot(numbers, exact, 'D', ms=6, color='black', mec='white', label='α, their sum')
   axes.axhline(0, color=GREY, linewidth=1)
   axes.set_ylabel('slope on log σ$_k$')
   _name_layers(axes, layers)
-  figure.legend(loc='outside upper center', ncols=4)
+  handles = sorted(axes.get_legend_handles_labels()[0], key=lambda x: x.get_label()[0] == 'α')
+  figure.legend(handles=handles, loc='outside upper center', ncols=4, fontsize=9)
   return figure
 
 
@@ -427,7 +428,7 @@ def _type(kind: str | None) -> str:
 
 
 def _width(layers: int) -> float:
-  return min(max(5.0, 1.5 + 0.42 * layers), 16.0)
+  return min(max(6.0, 1.5 + 0.42 * layers), 16.0)
 
 
 def _name_layers(axes: Any, layers: Sequence[LayerCurvature]) -> None:

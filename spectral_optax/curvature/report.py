@@ -214,7 +214,7 @@ class CurvatureReport:
     }
     text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
     # A list of numbers is one line.
-    numbers = r'\[\s*(?:(?:-?[\d.][\deE+.-]*|"NaN"|"-?Infinity"),?\s*)*\]'
+    numbers = r'\[\s*(?:(?:-?[\d.][\deE+.-]*|"NaN"|"-?Infinity"|true|false),?\s*)*\]'
     text = re.sub(numbers, lambda flat: ' '.join(flat.group().split()), text) + '\n'
     if path is not None:
       file = pathlib.Path(path)
