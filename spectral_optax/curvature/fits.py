@@ -105,7 +105,7 @@ def masked_line(x: ArrayLike, y: ArrayLike, mask: ArrayLike) -> Line:
   Returns:
     A `Line` of arrays of shape (...): JAX arrays if an argument is one, else NumPy's.
   """
-  xp = jnp if any(isinstance(a, jax.Array) for a in (x, y, mask)) else np
+  xp: Any = jnp if any(isinstance(a, jax.Array) for a in (x, y, mask)) else np
   mask = xp.asarray(mask)
   x, y = xp.where(mask, xp.asarray(x), 0), xp.where(mask, xp.asarray(y), 0)
 
@@ -151,15 +151,15 @@ def masked_power_law(x: ArrayLike, y: ArrayLike, mask: ArrayLike | None = None) 
     A `Line`. NaN throughout, but for `num_points`, where a point that may count is
     not finite: a number that is not there must not leave a fit of the others.
   """
-  xp = jnp if any(isinstance(a, jax.Array) for a in (x, y, mask)) else np
-  x, y = xp.asarray(x), xp.asarray(y)
-  may = xp.ones(x.shape, bool) if mask is None else xp.asarray(mask)
-  finite = xp.isfinite(x) & xp.isfinite(y)
-  positive = may & finite & (x > 0) & (y > 0)
-  log = lambda a: xp.log(xp.where(positive, a, 1))
-  line = masked_line(log(x), log(y), positive)
+  xp: Any = jnp if any(isinstance(a, jax.Array) for a in (x, y, mask)) else np
+  a, b = xp.asarray(x), xp.asarray(y)
+  may = xp.ones(a.shape, bool) if mask is None else xp.asarray(mask)
+  finite = xp.isfinite(a) & xp.isfinite(b)
+  positive = may & finite & (a > 0) & (b > 0)
+  log = lambda values: xp.log(xp.where(positive, values, 1))
+  line = masked_line(log(a), log(b), positive)
   all_finite = xp.all(finite | ~may, axis=-1)
-  clean = lambda a: xp.where(all_finite, a, np.nan)
+  clean = lambda part: xp.where(all_finite, part, np.nan)
   return Line(*map(clean, line))._replace(num_points=line.num_points)
 
 
@@ -375,12 +375,12 @@ def participation_ratio(x: ArrayLike) -> float:
     ValueError: a negative value: the ratio would count it against the others.
     TypeError: complex or traced values.
   """
-  x = _spectrum('x', x)
-  largest = x.max(initial=0)
-  if not np.isfinite(x).all() or largest == 0:
+  values = _spectrum('x', x)
+  largest = values.max(initial=0)
+  if not np.isfinite(values).all() or largest == 0:
     return float('nan')
-  x = x / largest  # Squares of small numbers vanish.
-  return float(x.sum() ** 2 / np.sum(x**2))
+  values = values / largest  # Squares of small numbers vanish.
+  return float(values.sum() ** 2 / np.sum(values**2))
 
 
 def participation_bound(alpha: ArrayLike, gamma: ArrayLike) -> jax.Array:

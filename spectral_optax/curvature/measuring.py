@@ -207,7 +207,8 @@ _svd = jax.jit(one_at_a_time(lambda matrix: jnp.linalg.svd(matrix, full_matrices
 def _gradients(problem: Problem, progress: bool) -> tuple[float, dict[str, jax.Array]]:
   """The mean loss, and of each parameter the mean gradient as (matrices, rows, columns)."""
   program = _gradient_program(problem.static, tuple(problem.positions.values()))
-  loss, sums = 0.0, [0.0] * len(problem.views)
+  loss = 0.0
+  sums: list[Any] = [0.0] * len(problem.views)
   with jax.default_matmul_precision('highest'):
     for batch, weight, bar in problem.passes(progress, 1, 'gradients'):
       (value, composed), grads = program(problem.leaves, batch)

@@ -80,7 +80,7 @@ def curvature(report: CurvatureReport, *, layers: Sequence[str] | None = None) -
     axes.plot(np.exp(ends), np.exp(line), color='black', linewidth=1.2)
     # All lines of the interval go through the centre of the points.
     centre = layer.alpha.log_constant + layer.alpha.exponent * x.mean()
-    grid = np.linspace(*ends, 50)
+    grid = np.linspace(ends[0], ends[1], 50)
     edges = [centre + slope * (grid - x.mean()) for slope in _interval(layer.alpha)]
     axes.fill_between(
       np.exp(grid), np.exp(np.min(edges, 0)), np.exp(np.max(edges, 0)), color=GREY, alpha=0.25, lw=0
@@ -447,7 +447,7 @@ def _handle(style: str, label: str, **options: Any) -> Any:
   from matplotlib.lines import Line2D
 
   marker = style if style == 'o' else ''
-  line = 'none' if marker else style
+  line: Any = 'none' if marker else style
   return Line2D([], [], marker=marker, linestyle=line, label=label, **options)
 
 

@@ -424,7 +424,7 @@ def short_name(name: str) -> str:
 
 
 def _plain(x: Any) -> Any:
-  if isinstance(x, tuple) and hasattr(x, '_asdict'):
+  if isinstance(x, PowerLawFit | RankProfile):
     x = x._asdict()
   if isinstance(x, Mapping):
     return {str(name): _plain(value) for name, value in x.items()}
