@@ -293,6 +293,15 @@ def test_directions_of_rounding_are_left_out():
   assert (got.num_points, got.num_zero) == (4, 1)
 
 
+def test_eigenvalues_of_rounding_are_zero():
+  gradient, activations, errors = random_case(m=5)
+  errors -= errors.mean(axis=1, keepdims=True)  # One direction of five is not there.
+  got = kronecker_alignment(gradient, activations, errors, 5)
+  assert (got.eigenvalues_delta[:4] > 0).all()
+  assert got.eigenvalues_delta[4] == 0
+  assert np.isnan(got.rho_delta[4])
+
+
 @pytest.mark.parametrize('tolerance', [None, 1e-6])
 def test_rank_tolerance(tolerance):
   gradient, activations, errors = random_case()
@@ -420,6 +429,9 @@ def test_align_report_finds_each_matrix():
       got = aligned.alignment[f'layers/kernel[{i}]']
       assert got.alpha == pytest.approx(expected.alpha, rel=1e-3)
       np.testing.assert_allclose(got.rho_delta, expected.rho_delta, rtol=1e-2)
+  # What counts as zero there counts as zero here.
+  strict = dataclasses.replace(report, settings={'rank_tolerance': 0.9})
+  assert align_report(strict, captured).alignment['head/kernel'].num_points == 1
   only = align_report(report, {'head/kernel': captured['head/kernel']})
   assert list(only.alignment) == ['head/kernel']
   assert report.alignment is None

@@ -308,18 +308,21 @@ def test_axes_in_any_order_and_either_side_of_the_product():
     'left': inputs(3)[:, :3].T,
     'right': jax.random.normal(jax.random.key(3), (2, 4, 3)),
     'batched': jax.random.normal(jax.random.key(4), (2, 4, 4)),
+    'joined': jax.random.normal(jax.random.key(5), (2, 4, 3)),
   }
   x = inputs(B)
 
   def loss_fn(params):
     z = jnp.einsum('io,bo->ib', params['left'], x)  # The kernel on the left: (i, b).
     z = jnp.einsum('ib,hki->hbk', jnp.tanh(z), params['right'])
-    return losses(lambda z: jnp.einsum('hbk,hkl->bhl', jnp.tanh(z), params['batched']), z)
+    z = jnp.einsum('hbk,hkl->bhl', jnp.tanh(z), params['batched'])
+    return losses(lambda z: jnp.einsum('bhl,hlo->bo', jnp.tanh(z), params['joined']), z)
 
   numbers = {
     'left': MuonDimensionNumbers(1, 0),
     'right': MuonDimensionNumbers(2, (1, 0)),  # The user's order of columns.
     'batched': MuonDimensionNumbers(1, 2),
+    'joined': MuonDimensionNumbers((1, 0), 2),  # And of rows.
   }
   captured = capture_layers(loss_fn, params, weight_dimension_numbers=numbers)
   assert captured['right'].errors.shape == (B, 8)
