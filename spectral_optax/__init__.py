@@ -1,5 +1,6 @@
 """Spectral Newton for Optax: each layer's momentum through the map its curvature wants."""
 
+from spectral_optax import curvature
 from spectral_optax.exponents import PUBLISHED_ALPHA
 from spectral_optax.layout import layer_types, weight_dimension_numbers
 from spectral_optax.optimizer import spectral_newton
@@ -32,4 +33,6 @@ __all__ = [
   'weight_dimension_numbers',
   'layer_types',
   'PUBLISHED_ALPHA',
+  # Measuring curvature.
+  'curvature',
 ]
