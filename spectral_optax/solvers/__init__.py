@@ -89,7 +89,7 @@ class Cost(NamedTuple):
   """What a solver's parts cost, in products of n x n matrices; a step of "polynomial" is one.
 
   Attributes:
-    pole: An inverse for "rational".
+    pole: An inverse for "rational"; the first is half of it.
     eigenvectors: A decomposition for "gram".
   """
 
@@ -104,7 +104,7 @@ class Cost(NamedTuple):
 COSTS: Mapping[str, Mapping[int, Cost]] = {
   'cpu': {1: Cost(8, 48), 128: Cost(3, 25), 256: Cost(2, 26), 384: Cost(1.3, 14)},
 }
-ELSEWHERE = Cost(30, math.inf)
+ELSEWHERE = Cost(60, math.inf)
 
 
 def choose_solver(
@@ -141,14 +141,14 @@ def choose_solver(
   prices = {'gram': cost.eigenvectors}
   # How many poles, or products; where there is an answer.
   for name, price, family in (
-    ('rational', cost.pole, rational.FAMILY),
-    ('polynomial', 1.0, polynomial.FAMILY),
+    ('rational', lambda poles: cost.pole * (poles - 0.5), rational.FAMILY),
+    ('polynomial', float, polynomial.FAMILY),
   ):
     if known(alpha) and np.any(np.asarray(alpha) > SOLVERS[name].largest_alpha):
       continue
     error, count = terms(family, alpha, damping, largest, tolerance)
     if error <= tolerance:
-      prices[name] = price * count
+      prices[name] = price(count)
   return min(prices, key=prices.__getitem__)
 
 
