@@ -57,7 +57,9 @@ def test_measures_along_a_training(example, tmp_path, capsys):
   assert summary['alpha_tree'] == pytest.approx(last.alpha_tree(), rel=1e-5)
   assert len(summary['train_losses']) == 8 * (300 // 64)
   assert summary['course'].keys() == {'0', '30'}
-  assert str(Path.home()) not in (output / 'summary.json').read_text()
+  assert summary['task']['train_images'] == 300
+  assert all(isinstance(x, int | float | str) for x in summary['task'].values())
+  assert str(tmp_path) not in (output / 'summary.json').read_text()
   # The slopes of the decomposition add up to the exponent that was measured.
   for layer in last.layers:
     parts = written.alignment[layer.name]
@@ -118,3 +120,9 @@ def test_network_of_the_benchmark_is_a_resnet_18(benchmark):
   batch = jax.ShapeDtypeStruct((3, 32, 32, 3), 'float32'), jax.ShapeDtypeStruct((3,), 'int32')
   assert jax.eval_shape(benchmark.loss_fn, params, batch).shape == ()
   assert np.sum([np.prod(view.shape) for view in views.values()]) == 11_164_352
+
+
+def test_readme_shows_the_committed_report():
+  path = ROOT / 'benchmarks' / 'results' / 'measure_curvature.json'
+  report = curvature.CurvatureReport.from_json(path)
+  assert report.table(format='markdown') in (ROOT / 'README.md').read_text('utf-8')
