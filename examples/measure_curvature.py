@@ -59,7 +59,13 @@ def main(argv: list[str] | None = None) -> dict[int, curvature.CurvatureReport]:
   write_json(
     args.output / 'summary.json',
     {
-      'arguments': {name: str(x) for name, x in vars(args).items() if name != 'output'},
+      'task': {
+        name: getattr(args, name)
+        for name in (
+          *('data', 'train_images', 'steps', 'batch_size', 'width', 'depth', 'optimizer'),
+          *('learning_rate', 'seed', 'images', 'measure_batch_size', 'top_k'),
+        )
+      },
       'course': {
         step: {
           'loss': report.loss,

@@ -598,20 +598,15 @@ def _compiled(
         raise
     return _compiled(dataclasses.replace(program, method='reverse'), total, budget, arguments)
 
-  compiled, planned = build(total)
-  if budget is None or planned <= budget:
-    return compiled
-  compiled, least = build(1)
-  if least > budget:
-    raise ValueError(
-      f'memory_budget is {budget} bytes, and one direction of {program.view.path!r} with shape'
-      f' {program.view.shape} needs {least}. Give smaller batches, or a larger budget.'
-    )
-  # The plan grows by about as much with each direction.
-  chunk = int(1 + (budget - least) * (total - 1) / max(planned - least, 1))
-  while chunk > 1:
-    candidate, planned = build(chunk)
-    if planned <= budget:
-      return candidate
-    chunk = chunk * 3 // 4
-  return compiled
+  chunk = total
+  while True:
+    compiled, planned = build(chunk)
+    if budget is None or planned <= budget:
+      return compiled
+    if chunk == 1:
+      raise ValueError(
+        f'memory_budget is {budget} bytes, and one direction of {program.view.path!r} with shape'
+        f' {program.view.shape} needs {planned}. Give smaller batches, or a larger budget.'
+      )
+    # The plan grows with the directions, but for what the network itself needs.
+    chunk = max(1, int(0.9 * chunk * budget / planned))
