@@ -1,6 +1,7 @@
 """`measure` on any tree of parameters: what it finds, and what it says when there is nothing."""
 
 import functools
+import sys
 
 import equinox as eqx
 import flax.linen as nn
@@ -156,6 +157,49 @@ def test_gauss_newton_is_in_the_report():
   wrong = lambda logits, batch: 2 * c(logits, batch)
   with pytest.raises(ValueError, match='must be the loss'):
     curvature.measure(loss_fn, params, gauss_newton=(f, wrong), **options)
+
+
+def test_least_squares_is_its_own_gauss_newton():
+  # Without batches: all three are functions of the parameters alone.
+  x = np.random.default_rng(4).normal(size=(9, 5)).astype(np.float32)
+  f, c = lambda p: x @ p['w'], lambda z: jnp.sum((z - 1) ** 2) / 2
+  params = {'w': np.zeros((5, 4), jnp.bfloat16) + 0.5}
+  (layer,) = curvature.measure(lambda p: c(f(p)), params, gauss_newton=(f, c)).layers
+  np.testing.assert_allclose(layer.h, layer.h_gauss_newton, rtol=1e-5)
+  u, sigma, _ = np.linalg.svd(x.T @ (x @ params['w'].astype(np.float32) - 1))
+  # h_k = |x u_k|², in single precision although the weights are not.
+  np.testing.assert_allclose(layer.sigma[0], sigma[0], rtol=1e-5)
+  np.testing.assert_allclose(layer.h[0], np.sum((x @ u[:, 0]) ** 2), rtol=1e-5)
+  assert layer.num_directions == 1  # All columns are the same: of rank one.
+
+
+def test_sharded_parameters_and_batches():
+  params, (x, y), report = measured()
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]), ('d',))
+  put = lambda a, *spec: jax.device_put(
+    jnp.asarray(a), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  )
+  sharded = jax.tree.map(put, params)
+  sharded['layers'] = jax.tree.map(lambda a: put(a, 'd'), params['layers'])
+  for batch in ((x, y), (put(x, 'd'), put(y, 'd'))):
+    found = curvature.measure(loss_fn, sharded, top_k=4, batches=[batch], bootstrap=0)
+    for layer, expected in zip(found.layers, report.layers, strict=True):
+      n = expected.num_directions
+      atol = 1e-5 * np.abs(expected.h).max()
+      np.testing.assert_allclose(layer.h[:n], expected.h[:n], rtol=0, atol=atol)
+
+
+def test_progress_bars(capsys, monkeypatch):
+  loss = lambda p, b: jnp.sum(p['w'] ** 2) * b
+  options = {'batches': [np.float32(1), np.float32(2)], 'bootstrap': 0, 'progress': True}
+  curvature.measure(loss, {'w': GENERIC}, **options)
+  shown = capsys.readouterr().err
+  assert 'gradients: 100%' in shown
+  assert 'curvature: 100%' in shown
+  assert '2/2' in shown
+  monkeypatch.setitem(sys.modules, 'tqdm.auto', None)
+  with pytest.raises(ImportError, match=r'spectral-optax\[examples\]'):
+    curvature.measure(loss, {'w': GENERIC}, **options)
 
 
 # ---------------------------------------------------------------------------------

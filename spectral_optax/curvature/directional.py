@@ -69,7 +69,8 @@ def directional_curvature(
   Args:
     loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` with `batches`; gives a real
       scalar and is deterministic. Give the same function object again (and a batch that
-      holds whatever changes) and nothing is compiled again.
+      holds whatever changes) and nothing is compiled again: the last 128 programs are
+      kept, with the functions that they were made of.
     params: The parameter tree: dicts, `nnx.State`, an Equinox module, ... Leaves in half
       precision are measured in float32.
     directions: By path, (u, v): u (matrices, directions, rows), v (matrices, directions,
@@ -569,9 +570,16 @@ def in_chunks(function: Callable[..., jax.Array], chunk: int, items: Any) -> jax
 def signature(tree: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
   """What a program is compiled for: hashable."""
   leaves, treedef = jax.tree.flatten(tree)
+  arrays = map(jnp.asarray, leaves)
   return treedef, tuple(
-    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type)
-    for x in map(jnp.asarray, leaves)
+    jax.ShapeDtypeStruct(
+      x.shape,
+      x.dtype,
+      # An array that is nowhere in particular goes where the others are.
+      sharding=x.sharding if x.committed else None,
+      weak_type=x.weak_type,
+    )
+    for x in arrays
   )
 
 
