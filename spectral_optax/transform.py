@@ -166,8 +166,8 @@ class SpectralTransferState(NamedTuple):
     sigma_max: Largest singular value, in the units of the incoming update; by power
       iteration, two a step, from where the last one ended: approached from below.
     transfer_error: How far T may have been off, relative, rounding aside: 0 for the
-      exact solvers, the largest error of the fit for "rational", and for "low_rank" a
-      bound on the error of the whole update, ‖ΔW - exact‖_F / ‖exact‖_F,
+      exact solvers, the largest error of the fit for "rational" and "polynomial", and for
+      "low_rank" a bound on the error of the whole update, ‖ΔW - exact‖_F / ‖exact‖_F,
       infinite where nothing can be said.
     basis: Leading singular vectors on the smaller side: that side and the number of
       vectors (one, or the rank of "low_rank") as additional last axes.

@@ -222,6 +222,59 @@ def test_no_turn_that_can_be_seen():
   assert np.isfinite(update).all()
 
 
+@pytest.mark.parametrize('normalize', ['rms', 'spectral', 'frobenius', None])
+def test_normalizations_and_zero(normalize):
+  apply = lambda g: spectral_optax.apply_transfer(
+    g, alpha=1.5, damping=0.1, normalize=normalize, solver='polynomial'
+  )
+  exact = reference.update(MATRICES['wide'], 1.5, 0.1, normalize)
+  assert reference.relative_error(apply(MATRICES['wide']), exact) <= 0.1
+  np.testing.assert_array_equal(apply(jnp.zeros((2, 5, 3))), jnp.zeros((2, 5, 3)))
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize('normalize', ['rms', 'spectral'])
+def test_scale_free(normalize, scale):
+  g = MATRICES['tall']
+  exact = reference.update(g, 1.5, 0.1, normalize)
+  update = spectral_optax.apply_transfer(
+    np.float32(scale) * g, alpha=1.5, damping=0.1, normalize=normalize, solver='polynomial'
+  )
+  assert reference.relative_error(update, exact) <= 0.1
+
+
+@pytest.mark.parametrize('scale', [1e-25, 1e-6, 1e6, 1e15])
+def test_without_normalization_at_any_scale(scale):
+  g = np.float32(scale) * MATRICES['tall']
+  update = spectral_optax.apply_transfer(
+    g, alpha=1.5, damping=0.1, normalize=None, solver='polynomial'
+  )
+  assert reference.relative_error(update, reference.update(g, 1.5, 0.1, None)) <= 0.1
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_bad_numbers_fill_their_own_matrix_and_no_other(bad):
+  good = MATRICES['tall']
+  broken = good.copy()
+  broken[3, 4] = bad
+  update = spectral_optax.apply_transfer(
+    np.stack([broken, good]), alpha=1.5, damping=0.1, solver='polynomial'
+  )
+  assert np.isnan(update[0]).all()
+  assert reference.relative_error(update[1], reference.update(good, 1.5, 0.1)) <= 0.1
+
+
+@pytest.mark.usefixtures('x64')
+def test_float64_is_computed_in_float64():
+  """The fit is what is off, and nothing else: as for a matrix of twice the digits."""
+  g = MATRICES['tall'].astype(np.float64)
+  apply = lambda g: spectral_optax.apply_transfer(g, alpha=1.5, damping=0.1, solver='polynomial')
+  assert apply(g).dtype == jnp.float64
+  u, _, vt = np.linalg.svd(g, full_matrices=False)
+  inside = u.T @ np.asarray(apply(g)) @ vt.T
+  assert np.abs(inside - np.diag(np.diag(inside))).max() <= 1e-12 * np.abs(inside).max()
+
+
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('m', [6, 40])
 def test_derivative(m):

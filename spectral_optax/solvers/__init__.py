@@ -124,7 +124,7 @@ def choose_solver(
 
   Args:
     solver: "auto" or a key of `SOLVERS`, which comes back as it is.
-    alpha: Curvature exponents; JAX arrays count as traced, between 0 and 2.
+    alpha: Curvature exponents; JAX arrays count as traced, and as usual ones, up to 2.
     damping: d, likewise.
     small: The smaller side of the matrices.
     normalize: See `apply_transfer`.

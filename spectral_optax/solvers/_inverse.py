@@ -1,8 +1,8 @@
 """Inverses of symmetric positive definite matrices by matrix products.
 
 With the Cholesky factor A = L Lᵀ and W = L⁻¹, A⁻¹ = Wᵀ W. Blocks are eliminated by
-products, many matrices at once; inside a block, LAPACK on a CPU and a loop elsewhere,
-where LAPACK's counterparts are slow to compile. Eliminating with an explicit A₁₁⁻¹ would
+products, many matrices at once; inside a block, LAPACK on a CPU, its counterpart on a GPU and
+a loop on a TPU, where that is slow to compile. Eliminating with an explicit A₁₁⁻¹ would
 be a third cheaper, and loses as many digits again as A has lost: T needs them where a
 momentum has one direction far above the rest.
 """

@@ -5,8 +5,8 @@
 
 the logistic map of a matrix, with weights of `_logistic`, as many steps as the tolerance
 asks for. A step is one product, whatever the longer side of G is; no inverse, no
-factorisation, no solve, and one loop to compile. A degree of 2^K cannot be had for less, and
-for a relative error of 0.1 everywhere hardly less than this will do.
+factorisation, no solve, and one loop to compile. K products cannot give a degree above 2^K,
+which this has.
 
 Rounding: Y is small where λ is, and keeps its digits there; nothing is subtracted from one.
 """
