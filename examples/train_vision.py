@@ -62,6 +62,9 @@ TUNED = {
   'digits': {'spectral_newton': 0.0025, 'adamw': 0.02, 'muon': 0.0025},
 }
 
+# Of each batch, to measure curvature on.
+MEASURED_IMAGES = 16
+
 # Optax's default for AdamW. On the matrices alone, for all three.
 WEIGHT_DECAY = 1e-4
 
@@ -178,7 +181,7 @@ def make_optimizer(
     )
   return spectral_optax.spectral_newton(
     learning_rate,
-    alpha=settings.alpha,
+    alpha=spectral_optax.measured_alpha() if settings.alpha == 'measured' else settings.alpha,
     damping=settings.damping,
     solver=settings.solver,
     tolerance=settings.tolerance,
@@ -215,13 +218,30 @@ def loss_and_logits(
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 
 
+def loss_of_few(
+  model: ResNet, images: jax.Array, labels: jax.Array
+) -> Callable[[nnx.State], jax.Array]:
+  """The loss of a few images as a function of the parameters, to measure its curvature.
+
+  What that costs grows with their number.
+  """
+  graph, _, statistics = nnx.split(model, nnx.Param, ...)
+
+  def value_fn(params: nnx.State) -> jax.Array:
+    copied = nnx.merge(graph, params, statistics, copy=True)
+    return loss_and_logits(copied, images[:MEASURED_IMAGES], labels[:MEASURED_IMAGES])[0]
+
+  return value_fn
+
+
 @nnx.jit(donate_argnames=('model', 'optimizer'))
 def train_step(
   model: ResNet, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   grad = nnx.value_and_grad(loss_and_logits, has_aux=True)
   (loss, logits), grads = grad(model, images, labels)
-  optimizer.update(model, grads)
+  # Looked at with `--alpha measured` alone.
+  optimizer.update(model, grads, value_fn=loss_of_few(model, images, labels))
   return loss, jnp.mean(logits.argmax(-1) == labels)
 
 
@@ -330,10 +350,11 @@ def time_updates(
   calls: dict[str, Callable[[], Any]] = {}
   for name, run in runs.items():
     transformation = run.optimizer.tx
+    loss = loss_of_few(run.model, images, labels)
 
     @jax.jit
-    def step(grads, state, params, transformation=transformation):
-      updates, state = transformation.update(grads, state, params)
+    def step(grads, state, params, transformation=transformation, loss=loss):
+      updates, state = transformation.update(grads, state, params, value_fn=loss)
       return optax.apply_updates(params, updates), state
 
     grads = gradient(run.model, images, labels)
@@ -600,7 +621,7 @@ def describe_task(
 
 
 def alpha_value(text: str) -> float | str:
-  return text if text in ('default', 'layer_type') else float(text)
+  return text if text in ('default', 'layer_type', 'measured') else float(text)
 
 
 def named_rate(text: str) -> tuple[str, float]:
@@ -641,7 +662,12 @@ def make_parser() -> argparse.ArgumentParser:
     help='peak rates; those not named are the tuned ones',
   )
   add('--weight-decay', type=float, default=WEIGHT_DECAY, help="the matrices', %(default)s")
-  add('--alpha', type=alpha_value, default='default', help='number, "default" or "layer_type"')
+  add(
+    '--alpha',
+    type=alpha_value,
+    default='default',
+    help='number, "default", "layer_type" or "measured"',
+  )
   add('--damping', type=float, help='number; default: what goes with alpha')
   choices = ('auto', *solvers.SOLVERS)
   add('--solver', default='auto', choices=choices, help='cholesky: with --alpha 2 alone')

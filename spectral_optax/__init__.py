@@ -3,6 +3,7 @@
 from spectral_optax import curvature
 from spectral_optax.exponents import PUBLISHED_ALPHA
 from spectral_optax.layout import layer_types, weight_dimension_numbers
+from spectral_optax.measured import MeasuredAlphaState, measured_alpha
 from spectral_optax.optimizer import spectral_newton
 from spectral_optax.solvers import apply_transfer
 from spectral_optax.transfer import transfer
@@ -33,6 +34,9 @@ __all__ = [
   'weight_dimension_numbers',
   'layer_types',
   'PUBLISHED_ALPHA',
+  # α measured while training.
+  'measured_alpha',
+  'MeasuredAlphaState',
   # Measuring curvature.
   'curvature',
 ]

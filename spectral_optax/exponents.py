@@ -5,6 +5,7 @@ the parameters or the name of a table; `resolve` turns all of them into one valu
 for each matrix.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectral_optax import layout
+from spectral_optax.measured import MeasuredAlpha
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 
@@ -91,7 +93,7 @@ def _entries(value: Any, params: Any, name: str) -> dict[str, Any]:
 
 def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
   where = f'{name} of {view.path!r} with shape {view.shape}'
-  if callable(value):
+  if callable(value) or isinstance(value, Turn):
     return value
   if isinstance(value, str | bytes) or not isinstance(
     value, int | float | np.ndarray | np.generic | jax.Array
@@ -112,17 +114,37 @@ def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
   return value
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """A damping given by where T turns over, whatever α turns out to be: d = σ*^α."""
+
+  log_sigma: float
+
+  def damping(self, alpha: Any) -> Any:
+    """D at this α, a number or an array."""
+    xp: Any = jnp if isinstance(alpha, jax.Array) else np
+    return xp.exp(self.log_sigma * xp.asarray(alpha))
+
+
+def at(alpha: Any, damping: Any, count: Any) -> tuple[Any, Any]:
+  """The (α, d) that `resolve` has found, at a step."""
+  alpha = alpha(count) if callable(alpha) else alpha
+  if isinstance(damping, Turn):
+    return alpha, damping.damping(alpha)
+  return alpha, damping(count) if callable(damping) else damping
+
+
 def resolve(
   alpha: Any,
   damping: Any,
   params: Any,
   views: Mapping[str, layout.MatrixView],
 ) -> dict[str, tuple[Any, Any]]:
-  """(α, d) of each matrix: plain numbers, arrays or schedules.
+  """(α, d) of each matrix, for `at`: plain numbers, arrays or schedules; d also as `Turn`.
 
   Args:
     alpha: See `spectral_optax.spectral_newton`. A string other than "default" and
-      "layer_type" is an error.
+      "layer_type" is an error. Of a `MeasuredAlpha` its fallback is resolved.
     damping: None for the one that goes with α, or as `alpha`.
     params: The parameter tree, as it was when `views` were made.
     views: The matrices, by path.
@@ -131,6 +153,8 @@ def resolve(
     ValueError: an unknown string, a tree that does not match, a matrix without a
       value, a value that is no scalar. Names the parameter.
   """
+  measured = isinstance(alpha, MeasuredAlpha)
+  alpha = alpha.fallback if isinstance(alpha, MeasuredAlpha) else alpha
   named = alpha if isinstance(alpha, str) else None
   # Only these look at layer types, which takes a walk over all names.
   needs_types = named is not None or damping is None
@@ -150,15 +174,15 @@ def resolve(
 
   if damping is not None:
     dampings = _entries(damping, params, 'damping')
+  elif measured:
+    dampings = {p: default_turn(types[p]) for p in views}
   elif named == 'layer_type':
     dampings = dict.fromkeys(views, PUBLISHED_DAMPING)
   elif named == 'default':
     dampings = {p: default_exponents(types[p])[1] for p in views}
   else:
     dampings = {
-      p: _same_turn(_check(alphas[p], view, 'alpha'), types[p])
-      for p, view in views.items()
-      if p in alphas
+      p: _same_turn(alphas[p], view, types[p]) for p, view in views.items() if p in alphas
     }
 
   resolved = {}
@@ -173,12 +197,15 @@ def resolve(
   return resolved
 
 
-def _same_turn(alpha: Any, layer_type: str | None) -> Any:
-  """The damping that leaves the turn of T, σ* = d^(1/α), where the default has it."""
-  default_alpha, default_damping = default_exponents(layer_type)
-  log_turn = math.log(default_damping) / default_alpha
+def default_turn(layer_type: str | None) -> Turn:
+  """Where the default has the turn of T."""
+  alpha, damping = default_exponents(layer_type)
+  return Turn(math.log(damping) / alpha)
+
+
+def _same_turn(alpha: Any, view: layout.MatrixView, layer_type: str | None) -> Any:
+  """The damping that leaves the turn of T where the default has it."""
+  alpha, turn = _check(alpha, view, 'alpha'), default_turn(layer_type)
   if callable(alpha):
-    return lambda count: jnp.exp(log_turn * jnp.asarray(alpha(count)))
-  if isinstance(alpha, jax.Array):
-    return jnp.exp(log_turn * alpha)
-  return np.exp(log_turn * np.asarray(alpha, dtype=float))
+    return turn
+  return turn.damping(alpha if isinstance(alpha, jax.Array) else np.asarray(alpha, dtype=float))

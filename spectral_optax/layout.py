@@ -20,7 +20,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -138,6 +138,59 @@ def _listing(paths: Iterable[str], most: int = 8) -> str:
   paths = list(paths)
   more = f' and {len(paths) - most} more' if len(paths) > most else ''
   return ', '.join(map(repr, paths[:most])) + more
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class ByPath(Mapping[str, jax.Array]):
+  """Arrays by parameter path, in one: a read-only mapping that is a single leaf.
+
+  A step over a hundred matrices takes in and gives out a handful of arrays for what is
+  known of them, not hundreds.
+
+  Attributes:
+    flat: All of them; leading axes (of a `vmap` over optimizers, say) come first.
+    shapes: The paths and shapes, in the order in which they lie in `flat`.
+  """
+
+  def __init__(self, flat: Any, shapes: Sequence[tuple[str, tuple[int, ...]]]):
+    self.flat = flat
+    self.shapes = tuple(shapes)
+
+  def __getitem__(self, path: str) -> jax.Array:
+    start = 0
+    for name, shape in self.shapes:
+      end = start + math.prod(shape)
+      if name == path:
+        part = self.flat[..., start:end]
+        return part.reshape(part.shape[:-1] + shape)
+      start = end
+    raise KeyError(path)
+
+  def __iter__(self) -> Iterator[str]:
+    return (path for path, _ in self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+  def __eq__(self, other: object) -> bool:
+    # Of leaves that are not arrays too: trees of shapes, of flags.
+    if not isinstance(other, ByPath):
+      return NotImplemented
+    return self.shapes == other.shapes and self.flat == other.flat
+
+  __hash__ = None
+
+  def __repr__(self) -> str:
+    return f'ByPath({self.flat!r}, {self.shapes!r})'
+
+  def tree_flatten_with_keys(self):
+    """For JAX: one leaf."""
+    return ((jax.tree_util.GetAttrKey('flat'), self.flat),), self.shapes
+
+  @classmethod
+  def tree_unflatten(cls, shapes, leaves):
+    """For JAX."""
+    return cls(leaves[0], shapes)
 
 
 # ---------------------------------------------------------------------------------

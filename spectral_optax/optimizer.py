@@ -1,5 +1,6 @@
 """`spectral_newton`: the drop-in optimizer. Composition only."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from spectral_optax import exponents, layout, transform
+from spectral_optax import exponents, layout, measured, transform
 
 
 def spectral_newton(
@@ -57,7 +58,9 @@ def spectral_newton(
       - a number, traced or not, or an optax schedule;
       - a tree of those, or a prefix of one, or a flat dict by parameter path; a leaf
         may be an array with one number for each matrix of a stacked parameter;
-      - a callable that takes the parameters (their shapes) and gives such a tree.
+      - a callable that takes the parameters (their shapes) and gives such a tree;
+      - `measured_alpha()`: from the curvature of the loss, along the training. `update`
+        then needs ``value_fn=loss_fn``, a function of the parameters.
     damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or None for the one that
       goes with α: 0.1 for ``"layer_type"``, as published; else 0.1 at α = 2 for
       convolutions and 0.015 at α = 1.5 for other matrices, and at any other α the d
@@ -155,12 +158,10 @@ def spectral_newton(
       else None
       for path in paths
     }
-    return parts(
-      numbers,
-      {path: a for path, (a, _) in values.items()},
-      {path: d for path, (_, d) in values.items()},
-      labels,
-    )
+    alphas = {path: a for path, (a, _) in values.items()}
+    if isinstance(alpha, measured.MeasuredAlpha):
+      alphas = dataclasses.replace(alpha, fallback=alphas)
+    return parts(numbers, alphas, {path: d for path, (_, d) in values.items()}, labels)
 
   # What can be checked without parameters is, here and now.
   parts(None, alpha, damping, 'adam')
@@ -168,9 +169,23 @@ def spectral_newton(
   def init_fn(params):
     return for_params(params).init(params)
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+    if value_fn is not None:
+      extra_args['value_fn'] = _of_visible(value_fn, params)
     new, state = for_params(updates).update(updates, state, params, **extra_args)
     # AdamW's come back in float32 where mu_dtype and the parameter's do not agree.
     return jax.tree.map(lambda n, u: n.astype(u.dtype), new, updates), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _of_visible(value_fn: Callable[[Any], jax.Array], params: Any) -> Callable[[Any], jax.Array]:
+  """The loss as a function of what `partition` leaves to see of the parameters."""
+  hidden = lambda x: isinstance(x, optax.MaskedNode)
+
+  def loss(visible):
+    return value_fn(
+      jax.tree.map(lambda v, p: p if hidden(v) else v, visible, params, is_leaf=hidden)
+    )
+
+  return loss

@@ -9,7 +9,7 @@ All of them leave parameters that are no matrices as they find them.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spectral_optax import exponents, layout, solvers
+from spectral_optax import exponents, layout, measured, solvers
 
 # ---------------------------------------------------------------------------------
 # Momentum
@@ -95,65 +95,12 @@ def scale_by_momentum(
 # ---------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class ByPath(Mapping[str, jax.Array]):
-  """Arrays by parameter path, in one: a read-only mapping that is a single leaf.
-
-  A step over a hundred matrices takes in and gives out a handful of arrays for what is
-  known of them, not hundreds.
-
-  Attributes:
-    flat: All of them; leading axes (of a `vmap` over optimizers, say) come first.
-    shapes: The paths and shapes, in the order in which they lie in `flat`.
-  """
-
-  def __init__(self, flat: Any, shapes: Sequence[tuple[str, tuple[int, ...]]]):
-    self.flat = flat
-    self.shapes = tuple(shapes)
-
-  def __getitem__(self, path: str) -> jax.Array:
-    start = 0
-    for name, shape in self.shapes:
-      end = start + math.prod(shape)
-      if name == path:
-        part = self.flat[..., start:end]
-        return part.reshape(part.shape[:-1] + shape)
-      start = end
-    raise KeyError(path)
-
-  def __iter__(self) -> Iterator[str]:
-    return (path for path, _ in self.shapes)
-
-  def __len__(self) -> int:
-    return len(self.shapes)
-
-  def __eq__(self, other: object) -> bool:
-    # Of leaves that are not arrays too: trees of shapes, of flags.
-    if not isinstance(other, ByPath):
-      return NotImplemented
-    return self.shapes == other.shapes and self.flat == other.flat
-
-  __hash__ = None
-
-  def __repr__(self) -> str:
-    return f'ByPath({self.flat!r}, {self.shapes!r})'
-
-  def tree_flatten_with_keys(self):
-    """For JAX: one leaf."""
-    return ((jax.tree_util.GetAttrKey('flat'), self.flat),), self.shapes
-
-  @classmethod
-  def tree_unflatten(cls, shapes, leaves):
-    """For JAX."""
-    return cls(leaves[0], shapes)
-
-
 class SpectralTransferState(NamedTuple):
   """State of `scale_by_spectral_transfer`: what is known of each matrix's spectrum.
 
   All but `count` are mappings by parameter path (``'layers/0/kernel'``), one entry a
   matrix parameter, so that ``dict(optax.tree.get(state, 'sigma_max'))`` is ready to log;
-  to JAX each is one array (`ByPath`).
+  to JAX each is one array (`layout.ByPath`).
   The values have the shape of the parameter's batch axes: () for a single matrix.
   They are float32 (float64 if a matrix is), and NaN after a step whose update was not
   finite.
@@ -171,6 +118,7 @@ class SpectralTransferState(NamedTuple):
       infinite where nothing can be said.
     basis: Leading singular vectors on the smaller side: that side and the number of
       vectors (one, or the rank of "low_rank") as additional last axes.
+    measurement: With `measured_alpha` its `MeasuredAlphaState`, else None.
   """
 
   count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -180,14 +128,15 @@ class SpectralTransferState(NamedTuple):
   sigma_max: Any
   transfer_error: Any
   basis: Any
+  measurement: measured.MeasuredAlphaState | None = None
 
 
 def _compute_dtype(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _at(value: Any, count: jax.Array) -> Any:
-  return value(count) if callable(value) else value
+# What is kept of each matrix, as numbers.
+COLUMNS = ('alpha', 'damping', *solvers.Spectrum._fields)
 
 
 def _replicated(x: jax.Array) -> jax.Array:
@@ -247,7 +196,7 @@ def scale_by_spectral_transfer(
   rank: int | None = None,
   update_rms: float | jax.Array | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Replaces every matrix U Σ Vᵀ by U T(Σ) Vᵀ, T(σ) = σ / (σ^α + d).
 
   The transfer alone: no momentum, no learning rate. Same-shaped matrices are
@@ -266,7 +215,7 @@ def scale_by_spectral_transfer(
     weight_dimension_numbers: See `spectral_newton`.
 
   Returns:
-    A `GradientTransformation` with state `SpectralTransferState`.
+    A `GradientTransformationExtraArgs` with state `SpectralTransferState`.
 
   Raises:
     ValueError: At construction, for an unknown solver or normalisation and for
@@ -275,6 +224,7 @@ def scale_by_spectral_transfer(
     TypeError: At `init`, for complex matrices.
   """
   tolerance = solvers.DEFAULT_TOLERANCE if tolerance is None else tolerance
+  measures = isinstance(alpha, measured.MeasuredAlpha)
   solvers.check_solver(solver, normalize, tolerance, rank)
   if not isinstance(alpha, str) and _is_number(alpha):
     solvers.check_hyperparams(solver, alpha, 0.0)
@@ -294,19 +244,20 @@ def scale_by_spectral_transfer(
     small = min(view.rows, view.columns)
     return (*view.batch_shape, small, solvers.vectors(solver, rank, small))
 
-  def make_state(count, views, columns) -> SpectralTransferState:
+  def make_state(count, views, columns, measurement) -> SpectralTransferState:
     if not views:
       # `optax.tree.map_params` puts a placeholder for the parameters and looks for it
       # in the state. This is not shaped like parameters: one leaf each says so.
-      return SpectralTransferState(count, *(jnp.zeros([]) for _ in columns))
+      return SpectralTransferState(count, *(jnp.zeros([]) for _ in columns), measurement)
     shapes = {path: view.batch_shape for path, view in views.items()}
     shapes_of_basis = {path: basis_shape(view) for path, view in views.items()}
     return SpectralTransferState(
       count,
       **{
-        name: ByPath(x, list((shapes_of_basis if name == 'basis' else shapes).items()))
+        name: layout.ByPath(x, list((shapes_of_basis if name == 'basis' else shapes).items()))
         for name, x in columns.items()
       },
+      measurement=measurement,
     )
 
   def init_fn(params):
@@ -315,25 +266,34 @@ def scale_by_spectral_transfer(
     first = {}
     for path in values:
       where = f' for {path!r} with shape {views[path].shape}'
-      now = [_at(v, jnp.zeros([], jnp.int32)) for v in values[path]]
-      if callable(values[path][0]):  # Traced in an update, whatever it begins with.
+      now = list(exponents.at(*values[path], jnp.zeros([], jnp.int32)))
+      if measures or callable(values[path][0]):  # Traced in an update, whatever it begins with.
         now[0] = jnp.asarray(now[0])
       solvers.check_hyperparams(solver, *now, where=where)
       first[path] = [_broadcast(value, views[path], widest) for value in now]
     total = sum(math.prod(view.batch_shape) for view in views.values())
-    columns = {name: jnp.zeros([total], widest) for name in SpectralTransferState._fields[1:]}
+    columns = {name: jnp.zeros([total], widest) for name in COLUMNS}
     for i, name in enumerate(('alpha', 'damping')):
       if views:
         columns[name] = jnp.concatenate([first[path][i] for path in views])
     size = sum(math.prod(basis_shape(view)) for view in views.values())
     columns['basis'] = jnp.zeros([size], widest)
-    return make_state(jnp.zeros([], jnp.int32), views, columns)
+    measurement = measured.init(alpha, views, widest) if measures else None
+    return make_state(jnp.zeros([], jnp.int32), views, columns, measurement)
 
-  def update_fn(updates, state, params=None):
-    del params
+  def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+    del extra_args
     views, values, dtypes = plan(updates)
     if not views:
       return updates, state._replace(count=optax.safe_increment(state.count))
+    measurement = state.measurement
+    if measures:
+      measurement = measured.update(
+        alpha, measurement, state.count, updates, params, value_fn, weight_dimension_numbers
+      )
+      fallback = {path: exponents.at(*value, state.count)[0] for path, value in values.items()}
+      found = measured.alphas(alpha, measurement, fallback)
+      values = {path: (found[path], values[path][1]) for path in values}
     leaves = layout.leaves_by_path(updates)
     kept = list(views)
     number = {path: math.prod(view.batch_shape) for path, view in views.items()}
@@ -362,13 +322,13 @@ def scale_by_spectral_transfer(
       for paths in pieces.values():
         parts = [views[path].to_matrices(_replicated(leaves[path]).astype(name)) for path in paths]
         matrices.append(jnp.concatenate(parts) if len(parts) > 1 else parts[0])
-        for path, (of, which) in itertools.product(paths, zip(given, (0, 1), strict=True)):
-          value = values[path][which]
-          given[of].append(
-            np.broadcast_to(np.asarray(value, np.float64), views[path].batch_shape).reshape(-1)
-            if fixed
-            else _broadcast(_at(value, state.count), views[path], name)
-          )
+        for path in paths:
+          for of, value in zip(given, exponents.at(*values[path], state.count), strict=True):
+            given[of].append(
+              np.broadcast_to(np.asarray(value, np.float64), views[path].batch_shape).reshape(-1)
+              if fixed
+              else _broadcast(value, views[path], name)
+            )
       alphas, dampings = ((np if fixed else jnp).concatenate(of) for of in given.values())
       for of, value in zip(numbers.values(), (alphas, dampings), strict=True):
         of.append(jnp.asarray(value, flat_basis.dtype))
@@ -414,9 +374,10 @@ def scale_by_spectral_transfer(
       for name, of in {**numbers, **spectra}.items()
     }
     updates = jax.tree.unflatten(jax.tree.structure(updates), list(new.values()))
-    return updates, make_state(optax.safe_increment(state.count), views, columns)
+    count = optax.safe_increment(state.count)
+    return updates, make_state(count, views, columns, measurement)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _is_number(value: Any) -> bool:

@@ -11,6 +11,7 @@ ORDER = (
   'solvers',
   'layout',
   'curvature',
+  'measured',
   'exponents',
   'transform',
   'optimizer',

@@ -32,6 +32,7 @@ from spectral_optax.curvature.fits import (
   rank_profile,
 )
 from spectral_optax.curvature.measuring import measure
+from spectral_optax.curvature.online import joint_curvature, orthogonal_signs
 from spectral_optax.curvature.report import CurvatureReport, LayerCurvature
 
 __all__ = [
@@ -41,6 +42,9 @@ __all__ = [
   'LayerCurvature',
   # Curvature along directions.
   'directional_curvature',
+  # Of all layers at once, inside a training step.
+  'joint_curvature',
+  'orthogonal_signs',
   # Why they follow the singular values: the Spectral Alignment Decomposition.
   'kronecker_alignment',
   'KroneckerAlignment',

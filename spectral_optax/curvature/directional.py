@@ -215,7 +215,7 @@ class Problem:
         constants.append((i, Same(leaf)))
         continue
       positions[path] = len(leaves)
-      leaves.append(_at_least_single(jnp.asarray(leaf)))
+      leaves.append(at_least_single(jnp.asarray(leaf)))
     static = Static(
       Same(loss_fn),
       None if gauss_newton is None else (Same(gauss_newton[0]), Same(gauss_newton[1])),
@@ -323,7 +323,8 @@ def _uses(
   return [read(v) for v in program.outvars]
 
 
-def _at_least_single(x: jax.Array) -> jax.Array:
+def at_least_single(x: jax.Array) -> jax.Array:
+  """Half precision in float32; anything else as it is."""
   half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
   return x.astype(jnp.float32) if half else x
 

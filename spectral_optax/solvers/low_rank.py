@@ -11,6 +11,7 @@ directions are below the turning point, and `error` says when it is not.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from spectral_optax.solvers._lapack import one_at_a_time
@@ -148,3 +149,46 @@ def _with_rank(problem: Problem, rank: int) -> Solution:
   error = jnp.where(exact > 0, off[:, 0] / jnp.where(exact > 0, exact, 1), jnp.inf)
   error = jnp.where(energy[:, 0] > 0, error, 0)
   return Solution(update, error, leading)
+
+
+def leading_directions(
+  matrices: jax.Array, count: int, iterations: int = 4
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Leading singular triples of a batch of matrices, from nothing, without an SVD of them.
+
+  By subspace iteration with twice as many columns as are asked for. Where σ are close, the
+  vectors are of the space that theirs span; u and v belong together in any case, and
+  σ = |G v| along them.
+
+  Args:
+    matrices: (batch, rows, columns), float32 or float64. What is not finite counts as zero.
+    count: k ≤ min(rows, columns).
+    iterations: Of the subspace.
+
+  Returns:
+    u (batch, k, rows), σ (batch, k) in decreasing order, v (batch, k, columns); u is zero
+    where σ is.
+  """
+  finite = jnp.isfinite(matrices).all((1, 2), keepdims=True)
+  matrices = jnp.where(finite, matrices, 0)
+  scale = jnp.max(jnp.abs(matrices), axis=(1, 2), keepdims=True)
+  matrices = matrices / jnp.where(scale > 0, scale, 1)
+  wide = matrices.shape[1] < matrices.shape[2]
+  tall = transpose(matrices) if wide else matrices
+  batch, _, n = tall.shape
+  problem = Problem(
+    matrix=tall,
+    gram=None,
+    alpha=np.zeros(batch),
+    damping=np.zeros(batch),
+    largest=np.zeros(batch),
+    tolerance=0.0,
+    basis=jnp.zeros((batch, n, min(2 * count, n)), tall.dtype),
+  )
+  leading, left, _ = ritz(problem, iterations)
+  left, right = left[:, :, :count], leading.basis[:, :, :count]
+  sigma = jnp.sqrt(jnp.sum(jnp.square(left), axis=1))
+  left = left / jnp.where(sigma > 0, sigma, 1)[:, None, :]
+  left, right = transpose(left), transpose(right)
+  u, v = (right, left) if wide else (left, right)
+  return u, sigma * scale[:, :, 0], v
