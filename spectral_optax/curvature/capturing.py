@@ -475,7 +475,7 @@ def _run(
       outs, found = _run(step, *_inner(eqn), operands, zeros)
       activations += found
     else:
-      outs = _bind(eqn, operands)
+      outs = bind(eqn, operands)
       if step is not None:
         outs = [outs[0] + next(zeros)]
         activations.append(step.activation_rows(operands[step.operand]))
@@ -483,7 +483,8 @@ def _run(
   return [read(v) for v in jaxpr.outvars], activations
 
 
-def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+  """The outputs of one equation of a program."""
   params, functions = eqn.primitive.get_bind_params(eqn.params), ()
   if isinstance(params, tuple):  # JAX 0.9.
     functions, params = params

@@ -24,6 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from spectral_optax import layout
+from spectral_optax.curvature._convolutions import channels_last
 from spectral_optax.curvature.directional import at_least_single
 
 
@@ -119,11 +120,7 @@ def joint_curvature(
     replaced = {**leaves, **matrices}
     return loss_fn(jax.tree.unflatten(structure, list(replaced.values())))
 
-  # The network and its gradient once, for all products.
-  hessian = jax.linearize(jax.grad(loss), wide)[1]
-
-  def one(item):
-    k, signs = item
+  def one(hessian, us, vs, k, signs):
     at = lambda x: jax.lax.dynamic_index_in_dim(padded(x), k, axis=1, keepdims=False)
     u, v = ({path: at(x) for path, x in xs.items()} for xs in (us, vs))
     own = {
@@ -141,8 +138,14 @@ def joint_curvature(
       for path in us
     }
 
+  @channels_last
+  def all_of_them(wide, us, vs, ks, signs):
+    # The network and its gradient once, for all products.
+    hessian = jax.linearize(jax.grad(loss), wide)[1]
+    return jax.lax.map(lambda item: one(hessian, us, vs, *item), (ks, signs))
+
   ks = jnp.repeat(jnp.arange(most), draws)
-  h = jax.lax.map(one, (ks, jnp.tile(all_signs, (most, 1))))
+  h = all_of_them(wide, us, vs, ks, jnp.tile(all_signs, (most, 1)))
   return {
     path: values.reshape(most, draws, -1).mean(1).T[:, : us[path].shape[1]]
     for path, values in h.items()
