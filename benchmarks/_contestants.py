@@ -381,7 +381,7 @@ def contestants(
     Contestant('contranormuon', 'contranormuon', 'Contra-NorMuon (rollfast)'),
     Contestant('aurora', 'aurora', 'Aurora (rollfast)'),
     Contestant('prism', 'prism', 'PRISM (rollfast)'),
-    Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 8),
+    Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 2),
     Contestant(
       'spectral_newton',
       'spectral_newton',

@@ -315,7 +315,7 @@ class Problem:
       _ = self.arrays
       x = self._standardise(self._raw[f'{part}_x'])
       y, size = self._raw[f'{part}_y'].astype(np.int32), ON_THE_CURVE
-    size = min(size, *(len(self._raw[k]) for k in ('validation_y', 'test_y') if k in self._raw))
+      size = min(size, *(len(self._raw[f'{of}_x']) for of in ('validation', 'test')))
     count = len(x) // size
     return [
       (jnp.asarray(x[i * size : (i + 1) * size]), jnp.asarray(y[i * size : (i + 1) * size]))
