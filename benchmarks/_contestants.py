@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from _problems import Params, Problem
@@ -366,9 +365,7 @@ def contestants(
     Contestant('sgd', 'sgd', 'SGD, momentum', 8 * FIRST_RATE, BY_MOMENTUM),
     Contestant('adamw', 'adamw', 'AdamW', FIRST_RATE, ('b2', (0.999, 0.95))),
     Contestant('muon', 'muon', 'Muon (Optax)', knob=BY_MOMENTUM),
-    Contestant(
-      'muon_sqrt_alpha', 'muon', 'Muon, rate × √α', knob=BY_MOMENTUM, numbers=sqrt_alpha
-    ),
+    Contestant('muon_sqrt_alpha', 'muon', 'Muon, rate × √α', knob=BY_MOMENTUM, numbers=sqrt_alpha),
     Contestant(
       'dynmuon',
       'spectral_newton',

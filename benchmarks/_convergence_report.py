@@ -97,7 +97,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def plus_minus(pair: tuple[float, float] | None, digits: int, sign: str = '') -> str:
-  """"0.123 ± 0.004"; nothing where nothing was measured."""
+  """Mean ± half interval, as in "0.123 ± 0.004"; nothing where nothing was measured."""
   if pair is None or math.isnan(pair[0]):
     return ''
   if math.isinf(pair[0]):
@@ -131,37 +131,64 @@ def contestants_table(task: Mapping[str, Any]) -> str:
   return table(columns, rows)
 
 
-def map_table(task: Mapping[str, Any]) -> str:
+def maps_of(task: Mapping[str, Any]) -> dict[float, list[Mapping[str, Any]]]:
+  """By momentum, the cells of constant exponents, where there are enough for a map."""
+  found: dict[float, list[Mapping[str, Any]]] = {}
+  for cell in task['cells']:
+    if cell['alpha'] == cell['alpha_end']:
+      found.setdefault(cell['momentum'], []).append(cell)
+  enough = lambda cells: (
+    len({c['alpha'] for c in cells}) > 1 and len({c['turn'] for c in cells}) > 1
+  )
+  return {momentum: cells for momentum, cells in sorted(found.items()) if enough(cells)}
+
+
+def paths_of(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Exponents that move, and constant ones beside them."""
+  moving = [cell for cell in task['cells'] if cell['alpha'] != cell['alpha_end']]
+  beside = {(cell['turn'], cell['momentum']) for cell in moving}
+  constant = [c for c in task['cells'] if c['alpha'] == c['alpha_end'] and c['alpha'] == 1.5]
+  return moving + [c for c in constant if (c['turn'], c['momentum']) in beside]
+
+
+def _losses(cell: Mapping[str, Any]) -> list[float]:
+  return [math.inf if x is None else x for x in cell['losses'].values()]
+
+
+def map_table(cells: Sequence[Mapping[str, Any]]) -> str:
   """Mean loss in each cell of the map."""
-  alphas, turns, losses = grid(task['map'])
+  alphas, turns, losses = grid(cells)
   best = np.nanmin(losses)
   rows = []
   for alpha, line in zip(alphas, losses, strict=True):
-    cells = [
+    shown = [
       '' if np.isnan(x) else f'**{x:.4f}**' if x == best else f'{x:.4f}' if x < 1e3 else 'diverged'
       for x in line
     ]
-    rows.append([f'{alpha:g}', *cells])
+    rows.append([f'{alpha:g}', *shown])
   return table(['α \\ σ*', *(f'{t:g}' for t in turns)], rows)
 
 
 def paths_table(task: Mapping[str, Any]) -> str:
   """Of exponents that move, the best first."""
   rows = [
-    [f'{p["start"]:g} → {p["end"]:g}', f'{p["turn"]:g}', _mean(p['losses']), f'{p["rate"]:.3g}']
-    for p in sorted(task['paths'], key=lambda p: _or_last(float(np.mean(p['losses']))))
+    [
+      f'{p["alpha"]:g} → {p["alpha_end"]:g}',
+      f'{p["turn"]:g}',
+      plus_minus(interval(_losses(p)), 4),
+      f'{p["rate"]:.3g}{" (edge)" if p["at_the_edge"] else ""}',
+    ]
+    for p in sorted(paths_of(task), key=lambda p: _or_last(float(np.mean(_losses(p)))))
   ]
   return table(['α', 'σ*', 'validation loss', 'rate'], rows)
 
 
-def _mean(losses: Sequence[float | None]) -> str:
-  return plus_minus(interval([math.inf if x is None else x for x in losses]), 4)
-
-
 def references_line(task: Mapping[str, Any]) -> str:
   """What a map is to be compared with: same rates, same seeds."""
-  known = {k: v for k, v in (task['references'] or {}).items() if v}
-  said = [f'{name} {_mean(of["losses"])} (rate {of["rate"]:.3g})' for name, of in known.items()]
+  said = [
+    f'{name} {plus_minus(interval(_losses(of)), 4)} (rate {of["rate"]:.3g})'
+    for name, of in task['references'].items()
+  ]
   return f'For comparison: {", ".join(said)}.\n' if said else ''
 
 
@@ -183,13 +210,18 @@ def markdown(content: Mapping[str, Any]) -> str:
         ' seed. Steps to the mean validation loss that Muon ends with; runs that do not get there'
         ' count in full.\n'
       )
-    if task['map']:
-      parts.append('Validation loss over α and σ*, each cell at its best learning rate:\n')
-      parts.append(map_table(task) + '\n')
-    if task['paths']:
+    maps, paths = maps_of(task), paths_of(task)
+    for momentum, cells in maps.items():
+      seeds = max(len(cell['losses']) for cell in cells)
+      parts.append(
+        f'Validation loss over α and σ*, momentum {momentum:g}, each cell at its best learning'
+        f' rate, mean of {seeds} seeds:\n'
+      )
+      parts.append(map_table(cells) + '\n')
+    if paths:
       parts.append('α over training, linear from the first to the last step:\n')
       parts.append(paths_table(task) + '\n')
-    if task['map'] or task['paths']:
+    if maps or paths:
       parts.append(references_line(task))
   return '\n'.join(parts)
 
@@ -205,17 +237,16 @@ def grid(cells: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], 
   turns = sorted({cell['turn'] for cell in cells})
   losses = np.full((len(alphas), len(turns)), np.nan)
   for cell in cells:
-    of = [math.inf if x is None else x for x in cell['losses']]
-    losses[alphas.index(cell['alpha']), turns.index(cell['turn'])] = np.mean(of)
+    losses[alphas.index(cell['alpha']), turns.index(cell['turn'])] = np.mean(_losses(cell))
   return alphas, turns, losses
 
 
-def map_figure(tasks: Mapping[str, Any]) -> Figure:
-  """A heat map a task; Muon's loss, at its own best rate, is a line."""
-  figure = Figure(figsize=(5.2 * len(tasks), 4.6), dpi=120, layout='constrained')
-  panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-  for axes, (name, task) in zip(panels, tasks.items(), strict=True):
-    alphas, turns, losses = grid(task['map'])
+def map_figure(maps: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> Figure:
+  """A heat map for each (cells, references); red is where Muon's loss is, at its best rate."""
+  figure = Figure(figsize=(5.2 * len(maps), 4.6), dpi=120, layout='constrained')
+  panels = figure.subplots(1, len(maps), squeeze=False)[0]
+  for axes, (name, (cells, references)) in zip(panels, maps.items(), strict=True):
+    alphas, turns, losses = grid(cells)
     finite = losses[np.isfinite(losses)]
     low, high = finite.min(), np.quantile(finite, 0.8)
     image = axes.imshow(
@@ -231,8 +262,8 @@ def map_figure(tasks: Mapping[str, Any]) -> Figure:
       bold = 'bold' if loss == low else 'normal'
       light = 'white' if loss < (low + high) / 2 else 'black'
       axes.text(j, i, text, ha='center', va='center', fontsize=7, color=light, weight=bold)
-    muon = (task['references'] or {}).get('muon')
-    if muon and low < (level := float(np.mean(muon['losses']))) < finite.max():
+    muon = references.get('muon')
+    if muon and low < (level := float(np.mean(_losses(muon)))) < finite.max():
       whole = np.where(np.isfinite(losses), losses, finite.max())
       if min(whole.shape) > 1:
         axes.contour(whole, levels=[level], colors='red', linewidths=1.5)
@@ -251,7 +282,9 @@ def curves_figure(tasks: Mapping[str, Any], most: int = 8) -> Figure:
   panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
   for axes, (name, task) in zip(panels, tasks.items(), strict=True):
     order = list(summary(task))
-    shown = [n for i, n in enumerate(order) if i < most or n in ('adamw', 'muon', 'spectral_newton')]
+    shown = [
+      n for i, n in enumerate(order) if i < most or n in ('adamw', 'muon', 'spectral_newton')
+    ]
     every, ends = task['task']['every'], []
     for contestant in shown:
       runs = task['contestants'][contestant]['runs']
@@ -301,7 +334,14 @@ def write(content: Mapping[str, Any], output: pathlib.Path) -> list[pathlib.Path
   tasks = content['tasks']
   compared = {n: t for n, t in tasks.items() if any(c['runs'] for c in t['contestants'].values())}
   beside_muon = {n: t for n, t in compared.items() if 'muon' in summary(t)}
-  mapped = {n: t for n, t in tasks.items() if t['map']}
+  mapped = {
+    name if len(maps_of(task)) == 1 else f'{name}, momentum {momentum:g}': (
+      cells,
+      task['references'],
+    )
+    for name, task in tasks.items()
+    for momentum, cells in maps_of(task).items()
+  }
   for name, of, draw in (
     ('curves', compared, curves_figure),
     ('differences', beside_muon, differences_figure),

@@ -214,7 +214,9 @@ def convolution_by_product(
   if isinstance(padding, str):
     padding = jax.lax.padtype_to_pads(lhs.shape[1:3], (height, width), window_strides, padding)
   x = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-  sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:3], rhs.shape, window_strides, strict=False)]
+  sizes = [
+    (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], rhs.shape, window_strides, strict=False)
+  ]
   shifted = [
     x[
       :,
@@ -303,7 +305,7 @@ class Problem:
 
   @functools.cache  # noqa: B019 - there are five of these.
   def evaluation(self, part: str) -> list[tuple[jax.Array, jax.Array]]:
-    """"validation" or "test", in pieces of one size for one program; the first is the curve's."""
+    """Of "validation" or "test", pieces of one size for one program; the first is the curve's."""
     if self.task.data == 'bytes':
       text = self._raw[part]
       starts = np.arange(0, len(text) - CONTEXT - 1, CONTEXT)[: 6 * WINDOWS]
@@ -351,9 +353,7 @@ class Problem:
     _, params, rest = self._make(jax.random.key(seed))
     return layout.leaves_by_path(params), rest
 
-  def apply(
-    self, params: Params, rest: Any, x: jax.Array, *, train: bool
-  ) -> tuple[jax.Array, Any]:
+  def apply(self, params: Params, rest: Any, x: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
     """Logits, and the rest of the state after."""
     if self._half:
       to_half = lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a

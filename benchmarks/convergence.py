@@ -74,12 +74,17 @@ class Store:
   @staticmethod
   def key(problem: _problems.Problem, program: str, lane: Lane) -> str:
     """What a training is known by: all that its outcome depends on."""
-    what = [problem.fingerprint(), program, lane]
-    return hashlib.sha1(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return _digest([problem.fingerprint(), program, lane])
 
   def get(self, problem: _problems.Problem, program: str, lane: Lane) -> Record | None:
     """A training, if it is finished."""
     return self._found.get(self.key(problem, program, lane))
+
+  def all_of(self, problem: _problems.Problem, program: str) -> list[Record]:
+    """Every finished training of a task and a program."""
+    this = _digest(problem.fingerprint())
+    records = self._found.values()
+    return [r for r in records if r['problem'] == this and r['program'] == program]
 
   def add(
     self, problem: _problems.Problem, program: str, lanes: Sequence[Lane], records: Sequence[Record]
@@ -88,14 +93,20 @@ class Store:
     path = self._folder / problem.task.name / f'{program}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
+    of = {'problem': _digest(problem.fingerprint()), 'program': program}
     for lane, record in zip(lanes, records, strict=True):
       key = self.key(problem, program, lane)
-      self._found[key] = {'key': key, 'lane': lane, **record}
-      lines.append(json.dumps(_finite(self._found[key])) + '\n')
+      # As it will be read again.
+      self._found[key] = _finite({'key': key, **of, 'lane': lane, **record})
+      lines.append(json.dumps(self._found[key]) + '\n')
     with path.open('a', encoding='utf-8') as file:
       if file.tell() and not path.read_bytes().endswith(b'\n'):
         file.write('\n')
       file.write(''.join(lines))
+
+
+def _digest(x: Any) -> str:
+  return hashlib.sha1(json.dumps(x, sort_keys=True).encode()).hexdigest()
 
 
 def _finite(x: Any) -> Any:
@@ -124,16 +135,20 @@ class Runner:
   def __init__(self, problem: _problems.Problem, program: str, width: int):
     self.problem, self.program, self.width = problem, program, width
     self.ready = threading.Event()
+    self.trace_seconds = 0.0
     self._compiled: list[concurrent.futures.Future] = []
     self._error: BaseException | None = None
 
   def prepare(self, pool: concurrent.futures.Executor, evaluations: dict[Any, Any]) -> None:
     """Traces here, compiles in the pool; evaluation is one for all programs of a width."""
+    begin = time.perf_counter()
     try:
       problem = self.problem
       build = functools.partial(_contestants.PROGRAMS[self.program].build, problem)
       lane = _contestants.traced(problem, {'seed': 0, 'rate': 0.0})
-      lanes = {k: jax.ShapeDtypeStruct((self.width, *np.shape(v)), v.dtype) for k, v in lane.items()}
+      lanes = {
+        k: jax.ShapeDtypeStruct((self.width, *np.shape(v)), v.dtype) for k, v in lane.items()
+      }
       start = jax.vmap(functools.partial(problem.start, build))
       carry = jax.eval_shape(start, lanes)
       task = problem.task
@@ -153,6 +168,7 @@ class Runner:
     except BaseException as error:
       self._error = error
     finally:
+      self.trace_seconds = time.perf_counter() - begin
       self.ready.set()
 
   def programs(self) -> list[Any]:
@@ -216,12 +232,20 @@ def perform(
       raise OutOfTimeError
     part = f' {number + 1}/{len(batches)}' if len(batches) > 1 else ''
     title = f'{problem.task.name}, {program}, {what}{part}, {len(batch)} lanes'
+    waiting = time.perf_counter()
+    advance, *_ = runner.programs()
     test = any(lane['seed'] < min(_contestants.TUNING_SEEDS) for lane in batch)
     begin = time.perf_counter()
     records = runner.run(batch, test=test, title=title, quiet=args.quiet)
     store.add(problem, program, batch, records)
     if args.log:
-      print(f'{title}: {time.perf_counter() - begin:.1f} s', file=sys.stderr, flush=True)
+      print(
+        f'{title}: {time.perf_counter() - begin:.1f} s, after waiting {begin - waiting:.1f} s for'
+        f' the compiler, traced in {runner.trace_seconds:.1f} s;'
+        f' {advance.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB',
+        file=sys.stderr,
+        flush=True,
+      )
 
 
 def missing_lanes(
@@ -304,13 +328,14 @@ def path_lanes(args: argparse.Namespace) -> list[Lane]:
 
 
 REFERENCES = ('muon', 'adamw')  # Beside a map: same rates, same seeds.
+MAP_SEEDS_FROM = 200
 
 
 def reference_lanes(args: argparse.Namespace) -> list[Lane]:
   """Of each reference."""
-  extra = {} if args.momentum is None else {'momentum': args.momentum}
-  rates, seeds = args.rates, args.map_seeds
-  return [{'seed': s, 'rate': r, **extra} for r, s in itertools.product(rates, seeds)]
+  return [
+    {'seed': seed, 'rate': rate} for rate, seed in itertools.product(args.rates, args.map_seeds)
+  ]
 
 
 def wanted(
@@ -335,7 +360,9 @@ def wanted(
   return parts
 
 
-def train_all(problems: Iterable[_problems.Problem], store: Store, args: argparse.Namespace) -> None:
+def train_all(
+  problems: Iterable[_problems.Problem], store: Store, args: argparse.Namespace
+) -> None:
   """Compiles in the background, trains what is compiled, and writes it down."""
   runners: list[tuple[Runner, list[tuple[str, list[Lane]]]]] = []
   for problem in problems:
@@ -374,8 +401,9 @@ def train_one(
   args: argparse.Namespace,
 ) -> None:
   """What is wanted of a task and a program, and the reported trainings that follow from it."""
-  for what, lanes in parts:
-    perform(runner, lanes, store, args, what)
+  # As one, so that few batches are padded.
+  whole = [lane for _, lanes in parts for lane in lanes]
+  perform(runner, whole, store, args, ', '.join(what for what, _ in parts))
   if args.compare:
     lanes = [
       lane
@@ -400,11 +428,12 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
     if best is None:
       continue
     runs = []
-    for seed in args.seeds:
+    for seed in range(min(_contestants.TUNING_SEEDS)):
       lane = contestant.lane(problem, seed, best['rate'], best['knob'])
       record = store.get(problem, contestant.program, lane)
       if record is not None:
-        runs.append({'seed': seed, **{k: v for k, v in record.items() if k not in ('key', 'lane')}})
+        hidden = ('key', 'problem', 'program', 'lane')
+        runs.append({'seed': seed, **{k: v for k, v in record.items() if k not in hidden}})
     found['contestants'][contestant.name] = {
       'what': contestant.what,
       'program': contestant.program,
@@ -413,32 +442,41 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
       'runs': runs,
     }
 
-  def best_of(program: str, lanes: Sequence[Lane]) -> dict[str, Any] | None:
-    """Over learning rates, by the mean over seeds."""
-    by_rate: dict[float, list[float]] = {}
-    for lane in lanes:
-      record = store.get(problem, program, lane)
-      if record is None:
-        return None
-      by_rate.setdefault(lane['rate'], []).append(_number(record['validation_loss']))
-    rate = min(by_rate, key=lambda r: float(np.mean(by_rate[r])))
-    means = {r: float(np.mean(losses)) for r, losses in by_rate.items()}
-    return {'rate': rate, 'losses': by_rate[rate], 'by_rate': means}
-
-  pairs = list(itertools.product(args.rates, args.map_seeds))
-  cells = []
-  for alpha, turn in itertools.product(args.alphas, args.turns):
-    lanes = [_contestants.map_lane(alpha, turn, r, s, args.momentum) for r, s in pairs]
-    if best := best_of('spectral_newton', lanes):
-      cells.append({'alpha': alpha, 'turn': turn, **best})
-  paths = []
-  for start, end, turn in _contestants.PATHS:
-    lanes = [_contestants.path_lane(start, end, turn, r, s) for r, s in pairs]
-    if best := best_of('spectral_newton', lanes):
-      paths.append({'start': start, 'end': end, 'turn': turn, **best})
-  references = {p: best_of(p, reference_lanes(args)) for p in REFERENCES}
-  found |= {'map': cells, 'paths': paths, 'references': references, 'momentum': args.momentum}
+  # What was run beside the contestants has seeds of its own.
+  apart = lambda program: [
+    r for r in store.all_of(problem, program) if r['lane']['seed'] >= MAP_SEEDS_FROM
+  ]
+  cells: dict[str, dict[float, dict[int, float]]] = {}
+  for record in apart('spectral_newton'):
+    lane = record['lane']
+    cell = {
+      'alpha': lane['alpha'],
+      'alpha_end': lane.get('alpha_end', lane['alpha']),
+      'turn': lane['turn'],
+      'momentum': lane.get('momentum', _contestants.PER_LANE['momentum']),
+    }
+    losses = cells.setdefault(json.dumps(cell), {}).setdefault(lane['rate'], {})
+    losses[lane['seed']] = _number(record['validation_loss'])
+  found['cells'] = [{**json.loads(cell), **best_rate(losses)} for cell, losses in cells.items()]
+  found['references'] = {}
+  for program in REFERENCES:
+    by_rate: dict[float, dict[int, float]] = {}
+    for record in apart(program):
+      lane = record['lane']
+      by_rate.setdefault(lane['rate'], {})[lane['seed']] = _number(record['validation_loss'])
+    if by_rate:
+      found['references'][program] = best_rate(by_rate)
   return found
+
+
+def best_rate(losses: dict[float, dict[int, float]]) -> dict[str, Any]:
+  """By the mean over seeds, of the learning rates that have as many seeds as any."""
+  most = max(map(len, losses.values()))
+  means = {r: float(np.mean([*x.values()])) for r, x in losses.items() if len(x) == most}
+  rate = min(means, key=means.__getitem__)
+  whole = dict(sorted(losses[rate].items()))
+  at_the_edge = len(means) > 1 and rate in (min(means), max(means))
+  return {'rate': rate, 'at_the_edge': at_the_edge, 'losses': whole, 'by_rate': means}
 
 
 # ---------------------------------------------------------------------------------
@@ -463,8 +501,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(f'--{name}', type=float, nargs='+', default=default, help='of the map')
   add('--map-seeds', type=int, nargs='+', default=list(_contestants.MAP_SEEDS))
   add('--momentum', type=float, help='of the map')
-  add('--batch-size', type=int, help='in place of the tasks\' own')
-  add('--steps', type=int, help='in place of the tasks\' own')
+  add('--batch-size', type=int, help="in place of the tasks' own")
+  add('--steps', type=int, help="in place of the tasks' own")
   add('--lanes', type=int, default=1, help='trainings at once, of a small network; fewer of others')
   add('--half', action='store_true', help='forward and backward in bfloat16')
   add('--budget', type=float, default=math.inf, help='seconds after which nothing is begun')
@@ -481,6 +519,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   args.start = time.perf_counter()
   args.deadline = args.start + args.budget
   args.compare = args.compare or not (args.map or args.schedules)
+  if min(args.map_seeds) < MAP_SEEDS_FROM or max(args.seeds) >= min(_contestants.TUNING_SEEDS):
+    parser.error('Seeds from 100 are for tuning, from 200 for maps, and below for the report.')
   measured = None if args.measured is None else json.loads(args.measured.read_text('utf-8'))
   everyone = _contestants.contestants(measured)
   for chosen, known, kind in (
@@ -535,7 +575,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   for problem in problems:
     found = outcome(problem, store, args)
     name = problem.task.name
-    for option in ('batch_size', 'steps', 'momentum'):
+    for option in ('batch_size', 'steps'):
       if (value := getattr(args, option)) is not None:
         name += f', {option} {value:g}'
     content['tasks'][name] = found
