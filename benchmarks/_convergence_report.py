@@ -18,10 +18,11 @@ COMPARED_WITH = ('adamw', 'muon')
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-  """Mean, and half of its 95 % interval by Student's t; NaN for that of a single value."""
+  """Mean, and half of its 95 % interval by Student's t; NaN for that of a single value, or an infinite one."""
   x = np.asarray(values, np.float64)
-  if len(x) < 2:
-    return (float(x.mean()) if len(x) else math.nan), math.nan
+  if len(x) < 2 or not np.isfinite(x).all():
+    with np.errstate(invalid='ignore'):  # One diverged, the other too.
+      return (float(x.mean()) if len(x) else math.nan), math.nan
   error = x.std(ddof=1) / math.sqrt(len(x))
   return float(x.mean()), float(stats.t.ppf(0.975, len(x) - 1) * error)
 
@@ -29,6 +30,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, int]:
   """`interval` of the differences, seed by seed, ours - theirs; how many seeds both have."""
   seeds = sorted(set(ours) & set(theirs))
+  if any(math.isinf(of[s]) for of in (ours, theirs) for s in seeds):
+    return math.nan, math.nan, len(seeds)
   return *interval([ours[s] - theirs[s] for s in seeds]), len(seeds)
 
 

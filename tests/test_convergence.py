@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import math
 import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
