@@ -18,7 +18,10 @@ COMPARED_WITH = ('adamw', 'muon')
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-  """Mean, and half of its 95 % interval by Student's t; NaN for that of a single value, or an infinite one."""
+  """Mean, and half of its 95 % interval by Student's t.
+
+  The half is NaN for a single value, or where one is infinite.
+  """
   x = np.asarray(values, np.float64)
   if len(x) < 2 or not np.isfinite(x).all():
     with np.errstate(invalid='ignore'):  # One diverged, the other too.

@@ -184,7 +184,7 @@ class Runner:
     problem, task = self.problem, self.problem.task
     padded = [*lanes, *[lanes[-1]] * (self.width - len(lanes))]
     each = [_contestants.traced(problem, lane) for lane in padded]
-    arrays = {k: jnp.stack([of[k] for of in each]) for k in each[0]}
+    arrays = {k: jnp.asarray(np.stack([of[k] for of in each])) for k in each[0]}
     samples = np.stack([problem.samples(int(lane['seed'])) for lane in padded])
     curve = problem.evaluation('validation')[0]
     carry = start(arrays)
@@ -328,6 +328,7 @@ def path_lanes(args: argparse.Namespace) -> list[Lane]:
 
 
 REFERENCES = ('muon', 'adamw')  # Beside a map: same rates, same seeds.
+FIRST = ('spectral_newton', *REFERENCES)  # Of all tasks, before other programs.
 MAP_SEEDS_FROM = 200
 
 
@@ -362,8 +363,12 @@ def wanted(
 
 def train_all(
   problems: Iterable[_problems.Problem], store: Store, args: argparse.Namespace
-) -> None:
-  """Compiles in the background, trains what is compiled, and writes it down."""
+) -> list[str]:
+  """Compiles in the background, trains what is compiled, and writes it down.
+
+  What fails (memory, a package that does not run here) does not stop the others; returns it.
+  """
+  failed = []
   runners: list[tuple[Runner, list[tuple[str, list[Lane]]]]] = []
   for problem in problems:
     for program, parts in wanted(problem, args).items():
@@ -377,8 +382,8 @@ def train_all(
         most = max(1, args.lanes // problem.task.weight)
         width = math.ceil(count / math.ceil(count / most))
         runners.append((Runner(problem, program, width), parts))
-  if not runners:
-    return
+  # Where time runs out, what matters most is there.
+  runners.sort(key=lambda of: of[0].program not in FIRST)
   evaluations: dict[Any, Any] = {}
   with concurrent.futures.ThreadPoolExecutor(args.compile_threads) as pool:
     # Its own thread: the first is trained while the others are traced.
@@ -388,10 +393,17 @@ def train_all(
     tracing.start()
     try:
       for runner, parts in runners:
-        train_one(runner, parts, store, args)
+        try:
+          train_one(runner, parts, store, args)
+        except Exception as error:
+          if isinstance(error, OutOfTimeError):
+            raise
+          failed.append(f'{runner.problem.task.name}, {runner.program}: {error!r}'[:2000])
+          print(f'Failed: {failed[-1]}', file=sys.stderr, flush=True)
     except OutOfTimeError:
       print(f'After {args.budget:g} s: the rest is left for another time.', file=sys.stderr)
       pool.shutdown(wait=False, cancel_futures=True)
+  return failed
 
 
 def train_one(
@@ -569,9 +581,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return {}
   problems = load_problems(args)
   store = Store(args.work)
-  if not args.report:
-    train_all(problems, store, args)
-  content = {'tasks': {}, 'environment': environment()}
+  failed = [] if args.report else train_all(problems, store, args)
+  content = {'tasks': {}, 'failed': failed, 'environment': environment()}
   for problem in problems:
     found = outcome(problem, store, args)
     name = problem.task.name
@@ -592,4 +603,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(1 if main().get('failed') else 0)

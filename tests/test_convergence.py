@@ -270,3 +270,18 @@ def test_command_line(convergence, capsys):
     with pytest.raises(SystemExit):
       convergence.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_what_fails_does_not_stop_the_others(small, tmp_path, monkeypatch, capsys):
+  broken = small._contestants.Program(lambda problem, lane: 1 / 0)
+  monkeypatch.setitem(small._contestants.PROGRAMS, 'adamw', broken)
+  command = '--tasks mlp-digits --contestants adamw sgd --lanes 28 --quiet --seeds 0 --no-tables'
+  command = f'{command} --work {tmp_path} --output {tmp_path / "c.json"}'
+  content = small.main(command.split())
+  assert len(content['failed']) == 1
+  assert 'mlp-digits, adamw: ZeroDivisionError' in content['failed'][0]
+  assert list(content['tasks']['mlp-digits']['contestants']) == ['sgd']
+  assert 'Failed: mlp-digits, adamw' in capsys.readouterr().err
+  # Nothing is begun when there is no time.
+  monkeypatch.setattr(small.Runner, 'run', lambda *_, **__: pytest.fail('has begun'))
+  small.main([*command.split(), '--budget', '0', '--seeds', '1', '--work', str(tmp_path / 'new')])
