@@ -423,7 +423,7 @@ def contestants(
   ]
   if measured is not None:
     entries += _of_measured(measured)
-  return {c.name: c for c in entries if PROGRAMS[c.program].available}
+  return {c.name: c for c in entries}
 
 
 def _of_measured(

@@ -542,7 +542,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown := set(chosen) - set(known):
       parser.error(f'{min(unknown)!r} is none of the {kind}: {", ".join(known)}')
   args.everyone = list(everyone.values())
-  args.chosen = [everyone[name] for name in args.contestants or everyone]
+  # What has been trained elsewhere is shown too; what is not installed is not trained.
+  can_run = lambda name: _contestants.PROGRAMS[everyone[name].program].available
+  for name in args.contestants or ():
+    if not can_run(name):
+      parser.error(f'{name!r} needs a package, or a version of one, that is not installed.')
+  args.chosen = [everyone[name] for name in args.contestants or everyone if can_run(name)]
   args.output = args.output or RESULTS
   args.chosen_tasks = []
   for name in args.tasks:
