@@ -1,0 +1,503 @@
+"""Who takes part in convergence.py, and what is tried for each.
+
+A program is an optimizer whose numbers are traced: one compilation for all of its learning rates,
+momenta, exponents and seeds. A contestant is a program with some numbers fixed, a grid of learning
+rates, and at most one more knob; all have as many trials. A lane is one training: a program's
+numbers, as plain Python that a file can keep.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from _problems import Params, Problem
+
+import spectral_optax
+from spectral_optax import exponents, layout
+
+# Optax's default for AdamW. On the matrices alone, for all.
+WEIGHT_DECAY = 1e-4
+UPDATE_RMS = 0.2  # Of every matrix's update, in learning rates, of all that are spectral.
+TUNING_SEEDS = (100, 101)
+
+Lane = dict[str, Any]  # Numbers, and by path for those that each matrix has its own of.
+PER_MATRIX = {'alpha': 1.5, 'alpha_end': None, 'turn': 0.06, 'scale': 1.0}
+PER_LANE = {'rate': None, 'momentum': 0.95, 'b2': 0.999}
+
+
+def traced(problem: Problem, lane: Lane) -> dict[str, np.ndarray]:
+  """A lane as arrays, in the order of `problem.matrices` where each has its own."""
+  for name in lane:
+    if name not in (*PER_MATRIX, *PER_LANE, 'seed'):
+      raise ValueError(f'{name!r} is no number of a lane.')
+  arrays: dict[str, Any] = {'seed': np.uint32(lane['seed'])}
+  for name, default in PER_LANE.items():
+    arrays[name] = np.float32(lane.get(name, default))
+  for name, default in PER_MATRIX.items():
+    value = lane.get(name, default)
+    if value is None:
+      value = lane.get('alpha', PER_MATRIX['alpha'])
+    if isinstance(value, Mapping):
+      if set(value) != set(problem.matrices):
+        raise ValueError(f'{name} is given for {sorted(value)}, not for {problem.matrices}.')
+      value = [value[path] for path in problem.matrices]
+    arrays[name] = np.broadcast_to(np.asarray(value, np.float32), len(problem.matrices))
+  return arrays
+
+
+# ---------------------------------------------------------------------------------
+# Programs
+# ---------------------------------------------------------------------------------
+
+
+def schedule(problem: Problem, lane: Any) -> optax.Schedule:
+  """Linear warm-up over a twentieth, cosine decay; the peak is the lane's."""
+  steps = problem.task.steps
+  warmup = max(1, steps // 20)
+  shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, max(steps, warmup + 1))
+  return lambda count: lane['rate'] * shape(count + 1)
+
+
+def _is_matrix(problem: Problem) -> Callable[[Params], dict[str, bool]]:
+  return lambda params: {path: path in problem.matrices for path in params}
+
+
+def scale_matrices(problem: Problem, scales: jax.Array) -> optax.GradientTransformation:
+  """Each matrix's update times a number of its own."""
+  factor = {path: scales[i] for i, path in enumerate(problem.matrices)}
+
+  def scale(updates, params=None):
+    del params
+    return {path: u * factor[path] if path in factor else u for path, u in updates.items()}
+
+  return optax.stateless(scale)
+
+
+def sgd(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.add_decayed_weights(WEIGHT_DECAY, _is_matrix(problem)),
+    optax.trace(lane['momentum']),
+    optax.scale_by_learning_rate(schedule(problem, lane)),
+  )
+
+
+def adamw(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  return optax.adamw(
+    schedule(problem, lane), b2=lane['b2'], weight_decay=WEIGHT_DECAY, mask=_is_matrix(problem)
+  )
+
+
+def muon(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.contrib.muon(
+      schedule(problem, lane),
+      beta=lane['momentum'],
+      weight_decay=WEIGHT_DECAY,
+      muon_weight_dimension_numbers=spectral_optax.weight_dimension_numbers,
+      consistent_rms=UPDATE_RMS,
+    ),
+    scale_matrices(problem, lane['scale']),
+  )
+
+
+# Of T, relative: what a traced α in [0.5, 3] and σ* in [0.01, 1] come to is below it almost
+# everywhere, and 0.1 in the corner of small ones.
+TOLERANCE = 0.03
+
+
+def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  """Ours. α goes linearly from `alpha` to `alpha_end`, and T turns over at `turn` all along."""
+
+  def alpha(i: int) -> optax.Schedule:
+    start, end = lane['alpha'][i], lane['alpha_end'][i]
+    return lambda count: start + (end - start) * count / problem.task.steps
+
+  def damping(i: int) -> optax.Schedule:
+    return lambda count: lane['turn'][i] ** alpha(i)(count)
+
+  by_path = lambda of: {path: of(i) for i, path in enumerate(problem.matrices)}
+  return optax.chain(
+    spectral_optax.spectral_newton(
+      schedule(problem, lane),
+      alpha=by_path(alpha),
+      damping=by_path(damping),
+      momentum=lane['momentum'],
+      solver='polynomial',
+      tolerance=TOLERANCE,
+      update_rms=UPDATE_RMS,
+      weight_decay=WEIGHT_DECAY,
+    ),
+    scale_matrices(problem, lane['scale']),
+  )
+
+
+def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  """Ours, with the exponent measured as it trains."""
+  rule = spectral_optax.measured_alpha(every=25, top_k=8)  # type: ignore
+  return spectral_optax.spectral_newton(
+    schedule(problem, lane),
+    alpha=rule,
+    momentum=lane['momentum'],
+    update_rms=UPDATE_RMS,
+    weight_decay=WEIGHT_DECAY,
+  )
+
+
+def apart(
+  problem: Problem, of_matrices: optax.GradientTransformation, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Matrices, with two axes each, to one optimizer, the rest to another.
+
+  What a package makes of names and of more axes does not matter then.
+  """
+  views = layout.matrix_views(problem.shapes)
+
+  def cut(tree):
+    matrices = {p: views[p].to_matrices(x)[0] for p, x in tree.items() if p in views}
+    return matrices, {p: x for p, x in tree.items() if p not in views}
+
+  def init(params):
+    matrices, rest = cut(params)
+    return of_matrices.init(matrices), others.init(rest)
+
+  def update(updates, state, params=None, **extra):
+    del extra
+    first, second = cut(updates), cut(params)
+    matrices, state_0 = of_matrices.update(first[0], state[0], second[0])
+    rest, state_1 = others.update(first[1], state[1], second[1])
+    whole = {p: views[p].from_matrices(x[None]) for p, x in matrices.items()} | rest
+    return {p: whole[p] for p in updates}, (state_0, state_1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def of_rollfast(
+  problem: Problem, lane: Any, *, name: str, sized: bool, **options: Any
+) -> optax.GradientTransformation:
+  """An optimizer of the package rollfast on the matrices, AdamW on the rest.
+
+  `sized`: its updates come to the size that all spectral updates have here.
+  """
+  make = getattr(importlib.import_module('rollfast'), name)
+  size = spectral_optax.scale_to_rms(
+    UPDATE_RMS, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(0, 1)
+  )
+  rate = schedule(problem, lane)
+  matrices = optax.chain(
+    make(learning_rate=1.0, weight_decay=0.0, **options),
+    optax.scale(-1.0),  # The package's own rate has made it a descent.
+    size if sized else optax.identity(),
+    optax.add_decayed_weights(WEIGHT_DECAY),
+    optax.scale_by_learning_rate(rate),
+  )
+  return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """An optimizer whose numbers are traced.
+
+  Attributes:
+    build: From the task and what is traced of a lane.
+    available: Whether what it needs is installed.
+  """
+
+  build: Callable[[Problem, Any], optax.GradientTransformation]
+  available: bool = True
+
+
+def _rollfast(name: str, sized: bool = True, **options: Any) -> Program:
+  installed = importlib.util.find_spec('rollfast') is not None
+  return Program(functools.partial(of_rollfast, name=name, sized=sized, **options), installed)
+
+
+PROGRAMS = {
+  'sgd': Program(sgd),
+  'adamw': Program(adamw),
+  'muon': Program(muon),
+  'spectral_newton': Program(spectral_newton),
+  'measured_online': Program(measured_online, hasattr(spectral_optax, 'measured_alpha')),
+  'contramuon': _rollfast('contramuon'),
+  'normuon': _rollfast('normuon'),
+  'contranormuon': _rollfast('contranormuon'),
+  'aurora': _rollfast('aurora'),
+  'prism': _rollfast('prism'),
+  'psgd_kron': _rollfast('kron', sized=False),
+}
+
+# ---------------------------------------------------------------------------------
+# Contestants
+# ---------------------------------------------------------------------------------
+
+TRIALS = 14  # Of each contestant, on each tuning seed.
+
+
+def rates(first: float, count: int = TRIALS // 2) -> tuple[float, ...]:
+  """A grid over seven octaves: a factor of 2 apart, or of √2 where there is no other knob."""
+  factor = 2 ** (TRIALS / 2 / count)
+  return tuple(float(f'{first * factor**i:.6g}') for i in range(count))
+
+
+FIRST_RATE = 0.00125
+MOMENTA = (0.95, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+  """What is compared.
+
+  Attributes:
+    name: Of it.
+    program: Key of `PROGRAMS`.
+    what: In a few words, for the table.
+    first_rate: Of its grid.
+    knob: Name and values of what is tuned beside the learning rate; empty: a finer grid.
+    numbers: Of its lanes, from the task, the seed and the knob.
+  """
+
+  name: str
+  program: str
+  what: str
+  first_rate: float = FIRST_RATE
+  knob: tuple[str, tuple[float, ...]] = ('', ())
+  numbers: Callable[[Problem, int, float], Lane] = lambda problem, seed, knob: {}
+
+  def grid(self) -> list[tuple[float, float | None]]:
+    """Learning rate and knob of each trial."""
+    if not self.knob[1]:
+      return [(rate, None) for rate in rates(self.first_rate, TRIALS)]
+    return [(rate, knob) for knob in self.knob[1] for rate in rates(self.first_rate)]
+
+  def lane(self, problem: Problem, seed: int, rate: float, knob: float | None) -> Lane:
+    """One training of it."""
+    lane: Lane = {'seed': seed, 'rate': rate}
+    if knob is not None and self.knob[0] in PER_LANE:
+      lane[self.knob[0]] = knob
+    return lane | self.numbers(problem, seed, knob)  # type: ignore
+
+
+def compact(values: Mapping[str, float]) -> float | dict[str, float]:
+  """By path, or one number where all are the same."""
+  rounded = {path: float(f'{value:.6g}') for path, value in values.items()}
+  return next(iter(rounded.values())) if len(set(rounded.values())) == 1 else rounded
+
+
+def published(problem: Problem) -> dict[str, float]:
+  """The published mean exponent of each matrix's layer type."""
+  return {p: exponents._published_alpha(t) for p, t in problem.types.items()}
+
+
+def reversed_order(values: Mapping[str, float]) -> dict[str, float]:
+  """The largest for the smallest: mirrored in the middle of the range."""
+  mirror = min(values.values()) + max(values.values())
+  return {path: mirror - value for path, value in values.items()}
+
+
+def shuffled(values: Mapping[str, float], seed: int) -> dict[str, float]:
+  """The same values, of other matrices."""
+  order = np.random.default_rng(seed).permutation(len(values))
+  given = list(values.values())
+  return {path: given[i] for path, i in zip(values, order, strict=True)}
+
+
+def default_numbers(problem: Problem, seed: int, knob: float) -> Lane:
+  """What a user gets who says nothing."""
+  pairs = {p: exponents.default_exponents(t) for p, t in problem.types.items()}
+  return {
+    'alpha': compact({p: a for p, (a, _) in pairs.items()}),
+    'turn': compact({p: d ** (1 / a) for p, (a, d) in pairs.items()}),
+  }
+
+
+def published_numbers(problem: Problem, seed: int, knob: float) -> Lane:
+  alphas = published(problem)
+  turns = {p: exponents.PUBLISHED_DAMPING ** (1 / a) for p, a in alphas.items()}
+  return {'alpha': compact(alphas), 'turn': compact(turns)}
+
+
+def one_alpha(start: float, end: float | None = None) -> Callable[[Problem, int, float], Lane]:
+  """The same α in every layer; the knob is σ*."""
+  ends = {} if end is None else {'alpha_end': end}
+  return lambda problem, seed, knob: {'alpha': start, 'turn': knob, **ends}
+
+
+def by_type(order: str) -> Callable[[Problem, int, float], Lane]:
+  """Published exponents, as they are, shuffled or reversed; the knob is σ*."""
+
+  def numbers(problem: Problem, seed: int, knob: float) -> Lane:
+    return {'alpha': compact(arranged(published(problem), order, seed)), 'turn': knob}
+
+  return numbers
+
+
+def arranged(values: Mapping[str, float], order: str, seed: int) -> Mapping[str, float]:
+  """Values by path "as they are", "shuffled" (by the seed) or "reversed"."""
+  if order == 'shuffled':
+    return shuffled(values, seed)
+  return reversed_order(values) if order == 'reversed' else values
+
+
+def sqrt_alpha(problem: Problem, seed: int, knob: float) -> Lane:
+  return {'scale': compact({p: math.sqrt(a) for p, a in published(problem).items()})}
+
+
+TURNS = ('turn', (0.06, 0.03))
+BY_MOMENTUM = ('momentum', MOMENTA)
+
+
+def contestants(
+  measured: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+) -> dict[str, Contestant]:
+  """All of them.
+
+  Args:
+    measured: By task and path, what was measured before training: ``{"alpha": α, "gamma": γ}``.
+      Without it, the contestants that need it are not there.
+  """
+  entries = [
+    Contestant('sgd', 'sgd', 'SGD, momentum', 8 * FIRST_RATE, BY_MOMENTUM),
+    Contestant('adamw', 'adamw', 'AdamW', FIRST_RATE, ('b2', (0.999, 0.95))),
+    Contestant('muon', 'muon', 'Muon (Optax)', knob=BY_MOMENTUM),
+    Contestant('muon_sqrt_alpha', 'muon', 'Muon, rate × √α', knob=BY_MOMENTUM, numbers=sqrt_alpha),
+    Contestant(
+      'dynmuon',
+      'spectral_newton',
+      "DynMuon's path: α 0.75 → 1.25",
+      knob=BY_MOMENTUM,
+      numbers=lambda *_: {'alpha': 0.75, 'alpha_end': 1.25, 'turn': 0.003},
+    ),
+    Contestant('contramuon', 'contramuon', 'Contra-Muon (rollfast)'),
+    Contestant('normuon', 'normuon', 'NorMuon (rollfast)'),
+    Contestant('contranormuon', 'contranormuon', 'Contra-NorMuon (rollfast)'),
+    Contestant('aurora', 'aurora', 'Aurora (rollfast)'),
+    Contestant('prism', 'prism', 'PRISM (rollfast)'),
+    Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 2),
+    Contestant(
+      'spectral_newton',
+      'spectral_newton',
+      'Spectral Newton, defaults',
+      numbers=default_numbers,
+    ),
+    Contestant(
+      'published',
+      'spectral_newton',
+      'Spectral Newton as published: α by layer type, d = 0.1',
+      knob=BY_MOMENTUM,
+      numbers=published_numbers,
+    ),
+    Contestant(
+      'alpha_2',
+      'spectral_newton',
+      'Spectral Newton, α = 2',
+      knob=('turn', (0.316, 0.1)),
+      numbers=one_alpha(2.0),
+    ),
+    Contestant(
+      'alpha_1.5', 'spectral_newton', 'Spectral Newton, α = 1.5', knob=TURNS, numbers=one_alpha(1.5)
+    ),
+    Contestant(
+      'falling',
+      'spectral_newton',
+      'Spectral Newton, α 2 → 1',
+      knob=TURNS,
+      numbers=one_alpha(2.0, 1.0),
+    ),
+    *(
+      Contestant(
+        f'by_type{suffix}',
+        'spectral_newton',
+        f'Spectral Newton, published α{", " * bool(suffix)}{order if suffix else ""}',
+        knob=TURNS,
+        numbers=by_type(order),
+      )
+      for suffix, order in (('', ''), ('_shuffled', 'shuffled'), ('_reversed', 'reversed'))
+    ),
+    Contestant('measured_online', 'measured_online', 'Spectral Newton, α measured online'),
+  ]
+  if measured is not None:
+    entries += _of_measured(measured)
+  return {c.name: c for c in entries}
+
+
+def _of_measured(
+  measured: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> Iterable[Contestant]:
+  def of(problem: Problem, name: str) -> dict[str, float]:
+    values = measured[problem.task.name]
+    return {path: values[path][name] for path in problem.matrices}
+
+  def numbers(order: str) -> Callable[[Problem, int, float], Lane]:
+    def made(problem: Problem, seed: int, knob: float) -> Lane:
+      # What is outside of this has hardly been fitted.
+      alphas = {p: min(max(a, 0.5), 3.0) for p, a in of(problem, 'alpha').items()}
+      return {'alpha': compact(arranged(alphas, order, seed)), 'turn': knob}
+
+    return made
+
+  def scalar(problem: Problem, seed: int, knob: float) -> Lane:
+    """The learning rate of a layer times s^knob, s = αγ, over the mean of that."""
+    gamma = of(problem, 'gamma')
+    s = {p: max(a * gamma[p], 0.1) ** knob for p, a in of(problem, 'alpha').items()}
+    mean = sum(s.values()) / len(s)
+    return {'scale': compact({p: value / mean for p, value in s.items()})}
+
+  for order in ('', 'shuffled', 'reversed'):
+    yield Contestant(
+      f'measured{"_" * bool(order)}{order}',
+      'spectral_newton',
+      f'Spectral Newton, α measured before training{", " * bool(order)}{order}',
+      knob=TURNS,
+      numbers=numbers(order),
+    )
+  yield Contestant(
+    'scalar', 'muon', 'Muon, rate × s^±1, s = αγ', knob=('power', (1.0, -1.0)), numbers=scalar
+  )
+
+
+# ---------------------------------------------------------------------------------
+# Maps and schedules
+# ---------------------------------------------------------------------------------
+
+MAP_ALPHAS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+MAP_TURNS = (0.01, 0.03, 0.06, 0.1, 0.3, 1.0)
+MAP_RATES = (0.00354, 0.00707, 0.0141, 0.0283, 0.0566)
+MAP_SEEDS = (200, 201, 202)
+# α at the start and the end, σ*.
+PATHS: Sequence[tuple[float, float, float]] = (
+  *(
+    (start, end, turn)
+    for start, end in (
+      (1.5, 1.5),
+      (2.0, 1.0),
+      (1.0, 2.0),
+      (1.75, 1.25),
+      (1.25, 1.75),
+      (2.0, 1.5),
+      (1.5, 2.0),
+      (0.75, 1.25),
+    )
+    for turn in (0.03, 0.06, 0.1)
+  ),
+  (0.75, 1.25, 0.003),
+)
+
+
+def map_lane(
+  alpha: float, turn: float, rate: float, seed: int, momentum: float | None = None
+) -> Lane:
+  """A training of a map's cell."""
+  lane = {'seed': seed, 'rate': rate, 'alpha': alpha, 'turn': turn}
+  return lane if momentum is None else {**lane, 'momentum': momentum}
+
+
+def path_lane(start: float, end: float, turn: float, rate: float, seed: int) -> Lane:
+  """A training with an exponent that moves."""
+  lane = map_lane(start, turn, rate, seed)
+  return lane if start == end else {**lane, 'alpha_end': end}

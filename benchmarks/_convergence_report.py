@@ -1,0 +1,360 @@
+"""Statistics, tables and plots of convergence.py."""
+
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+TARGET = 'muon'  # Whose final loss the others are timed to.
+COMPARED_WITH = ('adamw', 'muon')
+
+# ---------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """Mean, and half of its 95 % interval by Student's t.
+
+  The half is NaN for a single value, or where one is infinite.
+  """
+  x = np.asarray(values, np.float64)
+  if len(x) < 2 or not np.isfinite(x).all():
+    with np.errstate(invalid='ignore'):  # One diverged, the other too.
+      return (float(x.mean()) if len(x) else math.nan), math.nan
+  error = x.std(ddof=1) / math.sqrt(len(x))
+  return float(x.mean()), float(stats.t.ppf(0.975, len(x) - 1) * error)
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, int]:
+  """`interval` of the differences, seed by seed, ours - theirs; how many seeds both have."""
+  seeds = sorted(set(ours) & set(theirs))
+  if any(math.isinf(of[s]) for of in (ours, theirs) for s in seeds):
+    return math.nan, math.nan, len(seeds)
+  return *interval([ours[s] - theirs[s] for s in seeds]), len(seeds)
+
+
+def steps_to(losses: Sequence[float | None], every: int, target: float) -> float | None:
+  """The first step at which a curve is at the target, or None.
+
+  Linear between the points of the curve, the first of which is after `every` steps.
+  """
+  previous = None
+  for i, loss in enumerate(losses):
+    if loss is not None and loss <= target:
+      if previous is None or previous <= target:
+        return float(every * (i + 1))
+      return every * (i + (previous - target) / (previous - loss))
+    previous = loss
+  return None
+
+
+def by_seed(of: Mapping[str, Any], key: str) -> dict[int, float]:
+  """A figure of every reported run; infinite where a training diverged."""
+  value = lambda run: math.inf if run.get(key) is None else run[key]
+  return {run['seed']: value(run) for run in of['runs']}
+
+
+def summary(task: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Of each contestant of a task, what the table shows."""
+  entries = {name: of for name, of in task['contestants'].items() if of['runs']}
+  every, total = task['task']['every'], task['task']['steps']
+  target = None
+  if TARGET in entries:
+    last = [run['validation'][-1] for run in entries[TARGET]['runs']]
+    target = None if None in last else float(np.mean(last))
+  rows = {}
+  for name, of in entries.items():
+    row: dict[str, Any] = {'what': of['what'], 'rate': of['tuned']['rate']}
+    row |= {'knob': of['tuned']['knob'], 'knob_name': of['knob']}
+    row |= {'at_the_edge': of['tuned']['at_the_edge'], 'seeds': len(of['runs'])}
+    for key in ('test_loss', 'test_accuracy', 'validation_loss'):
+      row[key] = interval(list(by_seed(of, key).values()))
+    for other in COMPARED_WITH:
+      if other in entries and other != name:
+        mine, theirs = (by_seed(x, 'test_loss') for x in (of, entries[other]))
+        row[f'minus_{other}'] = paired(mine, theirs)[:2]
+    if target is not None:
+      reached = [steps_to(run['validation'], every, target) for run in of['runs']]
+      row['reached'] = sum(r is not None for r in reached)
+      # Those that never get there count with the whole of the run.
+      row['steps'] = float(np.mean([total if r is None else r for r in reached]))
+    rows[name] = row
+  return dict(sorted(rows.items(), key=lambda item: _or_last(item[1]['test_loss'][0])))
+
+
+def _or_last(x: float) -> float:
+  return x if math.isfinite(x) else math.inf
+
+
+# ---------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """In Markdown; numbers to the right."""
+  lines = [columns, ['---'] + ['---:'] * (len(columns) - 1), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def plus_minus(pair: tuple[float, float] | None, digits: int, sign: str = '') -> str:
+  """Mean ± half interval, as in "0.123 ± 0.004"; nothing where nothing was measured."""
+  if pair is None or math.isnan(pair[0]):
+    return ''
+  if math.isinf(pair[0]):
+    return 'diverged'
+  half = '' if math.isnan(pair[1]) else f' ± {pair[1]:.{digits}f}'
+  return f'{pair[0]:{sign}.{digits}f}{half}'
+
+
+def contestants_table(task: Mapping[str, Any]) -> str:
+  """Of one task, the best first."""
+  columns = ['', 'test loss', 'accuracy %', '- AdamW', '- Muon', 'steps to Muon', 'rate', 'knob']
+  rows = []
+  for row in summary(task).values():
+    percent = tuple(100 * x for x in row['test_accuracy'])
+    reached = ''
+    if 'steps' in row:
+      some = '' if row['reached'] == row['seeds'] else f' ({row["reached"]} of {row["seeds"]})'
+      reached = f'{row["steps"]:.0f}{some}' if row['reached'] else 'never'
+    knob = f'{row["knob_name"]} {row["knob"]:g}' if row['knob_name'] else ''
+    rows.append(
+      [
+        row['what'],
+        plus_minus(row['test_loss'], 4),
+        plus_minus(percent, 2),
+        *(plus_minus(row.get(f'minus_{other}'), 4, '+') for other in COMPARED_WITH),
+        reached,
+        f'{row["rate"]:.3g}{" (edge)" if row["at_the_edge"] else ""}',
+        knob,
+      ]
+    )
+  return table(columns, rows)
+
+
+def maps_of(task: Mapping[str, Any]) -> dict[float, list[Mapping[str, Any]]]:
+  """By momentum, the cells of constant exponents, where there are enough for a map."""
+  found: dict[float, list[Mapping[str, Any]]] = {}
+  for cell in task['cells']:
+    if cell['alpha'] == cell['alpha_end']:
+      found.setdefault(cell['momentum'], []).append(cell)
+  enough = lambda cells: (
+    len({c['alpha'] for c in cells}) > 1 and len({c['turn'] for c in cells}) > 1
+  )
+  return {momentum: cells for momentum, cells in sorted(found.items()) if enough(cells)}
+
+
+def paths_of(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Exponents that move, and constant ones beside them."""
+  moving = [cell for cell in task['cells'] if cell['alpha'] != cell['alpha_end']]
+  beside = {(cell['turn'], cell['momentum']) for cell in moving}
+  constant = [c for c in task['cells'] if c['alpha'] == c['alpha_end'] and c['alpha'] == 1.5]
+  return moving + [c for c in constant if (c['turn'], c['momentum']) in beside]
+
+
+def _losses(cell: Mapping[str, Any]) -> list[float]:
+  return [math.inf if x is None else x for x in cell['losses'].values()]
+
+
+def map_table(cells: Sequence[Mapping[str, Any]]) -> str:
+  """Mean loss in each cell of the map."""
+  alphas, turns, losses = grid(cells)
+  best = np.nanmin(losses)
+  rows = []
+  for alpha, line in zip(alphas, losses, strict=True):
+    shown = [
+      '' if np.isnan(x) else f'**{x:.4f}**' if x == best else f'{x:.4f}' if x < 1e3 else 'diverged'
+      for x in line
+    ]
+    rows.append([f'{alpha:g}', *shown])
+  return table(['α \\ σ*', *(f'{t:g}' for t in turns)], rows)
+
+
+def paths_table(task: Mapping[str, Any]) -> str:
+  """Of exponents that move, the best first."""
+  rows = [
+    [
+      f'{p["alpha"]:g} → {p["alpha_end"]:g}',
+      f'{p["turn"]:g}',
+      plus_minus(interval(_losses(p)), 4),
+      f'{p["rate"]:.3g}{" (edge)" if p["at_the_edge"] else ""}',
+    ]
+    for p in sorted(paths_of(task), key=lambda p: _or_last(float(np.mean(_losses(p)))))
+  ]
+  return table(['α', 'σ*', 'validation loss', 'rate'], rows)
+
+
+def references_line(task: Mapping[str, Any]) -> str:
+  """What a map is to be compared with: same rates, same seeds."""
+  said = [
+    f'{name} {plus_minus(interval(_losses(of)), 4)} (rate {of["rate"]:.3g})'
+    for name, of in task['references'].items()
+  ]
+  return f'For comparison: {", ".join(said)}.\n' if said else ''
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+  """All tables."""
+  parts = ['# Convergence\n']
+  for name, task in content['tasks'].items():
+    of = task['task']
+    parts.append(f'## {name}\n')
+    parts.append(
+      f'{of["stage"]} task: {of["network"]} on {of["data"]}, {of["steps"]} steps of'
+      f' {of["batch_size"]}.\n'
+    )
+    if any(c['runs'] for c in task['contestants'].values()):
+      seeds = max(len(c['runs']) for c in task['contestants'].values())
+      parts.append(contestants_table(task) + '\n')
+      parts.append(
+        f'{seeds} seeds; mean ± half of the 95 % interval; differences of the test loss, seed by'
+        ' seed. Steps to the mean validation loss that Muon ends with; runs that do not get there'
+        ' count in full.\n'
+      )
+    maps, paths = maps_of(task), paths_of(task)
+    for momentum, cells in maps.items():
+      seeds = max(len(cell['losses']) for cell in cells)
+      parts.append(
+        f'Validation loss over α and σ*, momentum {momentum:g}, each cell at its best learning'
+        f' rate, mean of {seeds} seeds:\n'
+      )
+      parts.append(map_table(cells) + '\n')
+    if paths:
+      parts.append('α over training, linear from the first to the last step:\n')
+      parts.append(paths_table(task) + '\n')
+    if maps or paths:
+      parts.append(references_line(task))
+  return '\n'.join(parts)
+
+
+# ---------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------
+
+
+def grid(cells: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], np.ndarray]:
+  """α, σ*, and the mean loss at each of both; NaN where nothing was run."""
+  alphas = sorted({cell['alpha'] for cell in cells})
+  turns = sorted({cell['turn'] for cell in cells})
+  losses = np.full((len(alphas), len(turns)), np.nan)
+  for cell in cells:
+    losses[alphas.index(cell['alpha']), turns.index(cell['turn'])] = np.mean(_losses(cell))
+  return alphas, turns, losses
+
+
+def map_figure(maps: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> Figure:
+  """A heat map for each (cells, references); red is where Muon's loss is, at its best rate."""
+  figure = Figure(figsize=(5.2 * len(maps), 4.6), dpi=120, layout='constrained')
+  panels = figure.subplots(1, len(maps), squeeze=False)[0]
+  for axes, (name, (cells, references)) in zip(panels, maps.items(), strict=True):
+    alphas, turns, losses = grid(cells)
+    finite = losses[np.isfinite(losses)]
+    low, high = finite.min(), np.quantile(finite, 0.8)
+    image = axes.imshow(
+      np.where(np.isfinite(losses), losses, high),
+      origin='lower',
+      aspect='auto',
+      cmap='viridis_r',
+      vmin=low,
+      vmax=max(high, low + 1e-6),
+    )
+    for (i, j), loss in np.ndenumerate(losses):
+      text = f'{loss:.3f}' if math.isfinite(loss) else ''
+      bold = 'bold' if loss == low else 'normal'
+      light = 'white' if loss < (low + high) / 2 else 'black'
+      axes.text(j, i, text, ha='center', va='center', fontsize=7, color=light, weight=bold)
+    muon = references.get('muon')
+    if muon and low < (level := float(np.mean(_losses(muon)))) < finite.max():
+      whole = np.where(np.isfinite(losses), losses, finite.max())
+      if min(whole.shape) > 1:
+        axes.contour(whole, levels=[level], colors='red', linewidths=1.5)
+    axes.set_xticks(range(len(turns)), [f'{t:g}' for t in turns])
+    axes.set_yticks(range(len(alphas)), [f'{a:g}' for a in alphas])
+    axes.set_xlabel('σ*, of the RMS singular value')
+    axes.set_ylabel('α')
+    axes.set_title(f'{name}: validation loss (red: Muon)')
+    figure.colorbar(image, ax=axes)
+  return figure
+
+
+def curves_figure(tasks: Mapping[str, Any], most: int = 8) -> Figure:
+  """Mean validation loss over training, of the best and of what they are compared with."""
+  figure = Figure(figsize=(6.4, 3.8 * len(tasks)), dpi=120, layout='constrained')
+  panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+  for axes, (name, task) in zip(panels, tasks.items(), strict=True):
+    order = list(summary(task))
+    shown = [
+      n for i, n in enumerate(order) if i < most or n in ('adamw', 'muon', 'spectral_newton')
+    ]
+    every, ends = task['task']['every'], []
+    for contestant in shown:
+      runs = task['contestants'][contestant]['runs']
+      losses = np.array([run['validation'] for run in runs], float)
+      steps = every * (1 + np.arange(losses.shape[1]))
+      mean, spread = losses.mean(0), losses.std(0)
+      heavy = 2.2 if contestant in ('muon', 'spectral_newton') else 1.2
+      (line,) = axes.plot(steps, mean, label=contestant, linewidth=heavy)
+      axes.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
+      ends += mean[len(mean) // 4 :].tolist()
+    finite = [x for x in ends if math.isfinite(x)]
+    if finite:
+      axes.set_ylim(min(finite) - 0.05 * (max(finite) - min(finite)), max(finite))
+    axes.set_title(name)
+    axes.set_xlabel('step')
+    axes.set_ylabel('validation loss')
+    axes.legend(fontsize=7)
+  return figure
+
+
+def differences_figure(tasks: Mapping[str, Any]) -> Figure:
+  """Each contestant's test loss minus Muon's, with its interval, in per cent of Muon's."""
+  heights = [max(len(summary(task)), 2) + 2 for task in tasks.values()]
+  figure = Figure(figsize=(7, 0.24 * sum(heights) + 0.5), dpi=120, layout='constrained')
+  panels = figure.subplots(len(tasks), 1, squeeze=False, height_ratios=heights)[:, 0]
+  for axes, (name, task) in zip(panels, tasks.items(), strict=True):
+    rows = summary(task)
+    muon = rows['muon']['test_loss'][0]
+    found = {n: np.array(r['minus_muon']) / muon * 100 for n, r in rows.items() if n != 'muon'}
+    names = [n for n, (mean, _) in found.items() if math.isfinite(mean)]
+    means = [found[n][0] for n in names]
+    halves = [np.nan_to_num(found[n][1]) for n in names]
+    colours = ['#0072B2' if rows[n]['what'].startswith('Spectral') else '#999999' for n in names]
+    axes.barh(names, means, xerr=halves, color=colours, error_kw={'linewidth': 1})
+    axes.axvline(0, color='black', linewidth=1)
+    axes.set_xlim(min([*means, 0]) * 1.3 - 1, min(max([*means, 0]) * 1.1 + 1, 40))
+    axes.set_title(f'{name}: test loss, % above Muon', loc='left')
+    axes.invert_yaxis()
+    axes.tick_params(axis='y', labelsize=7)
+  return figure
+
+
+def write(content: Mapping[str, Any], output: pathlib.Path) -> list[pathlib.Path]:
+  """Markdown and plots beside the JSON; their paths."""
+  written = [output.with_suffix('.md')]
+  written[0].write_text(markdown(content), encoding='utf-8')
+  tasks = content['tasks']
+  compared = {n: t for n, t in tasks.items() if any(c['runs'] for c in t['contestants'].values())}
+  beside_muon = {n: t for n, t in compared.items() if 'muon' in summary(t)}
+  mapped = {
+    name if len(maps_of(task)) == 1 else f'{name}, momentum {momentum:g}': (
+      cells,
+      task['references'],
+    )
+    for name, task in tasks.items()
+    for momentum, cells in maps_of(task).items()
+  }
+  for name, of, draw in (
+    ('curves', compared, curves_figure),
+    ('differences', beside_muon, differences_figure),
+    ('map', mapped, map_figure),
+  ):
+    if of:
+      path = output.with_name(f'{output.stem}_{name}.png')
+      draw(of).savefig(path)
+      written.append(path)
+  return written

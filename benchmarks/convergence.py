@@ -1,0 +1,611 @@
+"""Spectral Newton beside tuned rivals: several seeds, equal tuning, on real data.
+
+    python benchmarks/convergence.py                           # All contestants, all tasks: hours
+    python benchmarks/convergence.py --tasks gpt-bytes --contestants muon spectral_newton
+    python benchmarks/convergence.py --map --tasks gpt-bytes   # Loss over α and σ*
+    python benchmarks/convergence.py --schedules               # α that moves
+    python benchmarks/convergence.py --report                  # Tables and plots of what there is
+    python benchmarks/convergence.py --pack-data data.npz      # To take to another machine:
+    python benchmarks/convergence.py --data-file data.npz --lanes 256
+
+Development tasks are what defaults are chosen on, confirmation tasks what they are confirmed on
+(`_problems.TASKS`). Every contestant is tuned with as many trials (learning rates, and values of
+one more knob where it has one), over the full schedule, on seeds that are not reported, by the
+loss on validation data; test data are seen by the reported trainings alone, at their end.
+
+All trainings of one task and one optimizer are lanes of one compiled program, `--lanes` of them at
+once: one or two on a CPU, hundreds on a GPU. Every finished training is a line of a file under
+--work and is not run again, so that an interrupted command goes on where it was. Ends with tables
+(Markdown), plots and JSON in benchmarks/results/, of all that is under --work.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# LAPACK's threads and XLA's would fight for the same cores. Read when JAX is imported.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'examples'))
+
+import _contestants
+import _convergence_report
+import _problems
+import jax
+import jax.numpy as jnp
+import numpy as np
+from reporting import environment, write_json
+from tqdm import tqdm
+
+RESULTS = pathlib.Path(__file__).parent / 'results' / 'convergence.json'
+Lane = _contestants.Lane
+Record = dict[str, Any]
+
+# ---------------------------------------------------------------------------------
+# What has been trained
+# ---------------------------------------------------------------------------------
+
+
+class Store:
+  """Finished trainings, a line each in a file for each task and program."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder
+    self._found: dict[str, Record] = {}
+    for path in sorted(folder.glob('*/*.jsonl')):
+      for line in path.read_text('utf-8').splitlines():
+        try:
+          record = json.loads(line)
+        except json.JSONDecodeError:
+          continue  # The line that an interruption cut short.
+        self._found[record['key']] = record
+
+  @staticmethod
+  def key(problem: _problems.Problem, program: str, lane: Lane) -> str:
+    """What a training is known by: all that its outcome depends on."""
+    return _digest([problem.fingerprint(), program, lane])
+
+  def get(self, problem: _problems.Problem, program: str, lane: Lane) -> Record | None:
+    """A training, if it is finished."""
+    return self._found.get(self.key(problem, program, lane))
+
+  def all_of(self, problem: _problems.Problem, program: str) -> list[Record]:
+    """Every finished training of a task and a program."""
+    this = _digest(problem.fingerprint())
+    records = self._found.values()
+    return [r for r in records if r['problem'] == this and r['program'] == program]
+
+  def add(
+    self, problem: _problems.Problem, program: str, lanes: Sequence[Lane], records: Sequence[Record]
+  ) -> None:
+    """Keeps trainings, in memory and in the file."""
+    path = self._folder / problem.task.name / f'{program}.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    of = {'problem': _digest(problem.fingerprint()), 'program': program}
+    for lane, record in zip(lanes, records, strict=True):
+      key = self.key(problem, program, lane)
+      # As it will be read again.
+      self._found[key] = _finite({'key': key, **of, 'lane': lane, **record})
+      lines.append(json.dumps(self._found[key]) + '\n')
+    with path.open('a', encoding='utf-8') as file:
+      if file.tell() and not path.read_bytes().endswith(b'\n'):
+        file.write('\n')
+      file.write(''.join(lines))
+
+
+def _digest(x: Any) -> str:
+  return hashlib.sha1(json.dumps(x, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(x: Any) -> Any:
+  """Numbers to six digits, None for what JSON has none for."""
+  if isinstance(x, dict):
+    return {k: _finite(v) for k, v in x.items()}
+  if isinstance(x, list | tuple):
+    return [_finite(v) for v in x]
+  if isinstance(x, float):
+    return float(f'{x:.7g}') if math.isfinite(x) else None
+  return x
+
+
+# ---------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------
+
+
+class OutOfTimeError(Exception):
+  """The time that --budget gives is over."""
+
+
+class Runner:
+  """The compiled programs of a task and an optimizer, for so many lanes at once."""
+
+  def __init__(self, problem: _problems.Problem, program: str, width: int):
+    self.problem, self.program, self.width = problem, program, width
+    self.ready = threading.Event()
+    self.trace_seconds = 0.0
+    self._compiled: list[concurrent.futures.Future] = []
+    self._error: BaseException | None = None
+
+  def prepare(self, pool: concurrent.futures.Executor, evaluations: dict[Any, Any]) -> None:
+    """Traces here, compiles in the pool; evaluation is one for all programs of a width."""
+    begin = time.perf_counter()
+    try:
+      problem = self.problem
+      build = functools.partial(_contestants.PROGRAMS[self.program].build, problem)
+      lane = _contestants.traced(problem, {'seed': 0, 'rate': 0.0})
+      lanes = {
+        k: jax.ShapeDtypeStruct((self.width, *np.shape(v)), v.dtype) for k, v in lane.items()
+      }
+      start = jax.vmap(functools.partial(problem.start, build))
+      carry = jax.eval_shape(start, lanes)
+      task = problem.task
+      which = jax.ShapeDtypeStruct((self.width, task.every, task.batch_size), jnp.int32)
+      advance = jax.vmap(functools.partial(problem.advance, build), in_axes=(0, 0, 0, None))
+      evaluate = jax.vmap(problem.evaluate, in_axes=(0, 0, None, None))
+      lowered = [
+        jax.jit(advance, donate_argnums=0).lower(carry, lanes, which, problem.arrays),
+        jax.jit(start).lower(lanes),
+      ]
+      self._compiled = [pool.submit(x.compile) for x in lowered]
+      key = id(problem), self.width
+      if key not in evaluations:
+        piece = problem.evaluation('validation')[0]
+        evaluations[key] = pool.submit(jax.jit(evaluate).lower(*carry[:2], *piece).compile)
+      self._compiled.append(evaluations[key])
+    except BaseException as error:
+      self._error = error
+    finally:
+      self.trace_seconds = time.perf_counter() - begin
+      self.ready.set()
+
+  def programs(self) -> list[Any]:
+    """`advance`, `start` and `evaluate`, once they are compiled."""
+    self.ready.wait()
+    if self._error is not None:
+      raise self._error
+    return [future.result() for future in self._compiled]
+
+  def run(self, lanes: Sequence[Lane], *, test: bool, title: str, quiet: bool) -> list[Record]:
+    """Trains lanes, no more than there is width for."""
+    advance, start, evaluate = self.programs()
+    problem, task = self.problem, self.problem.task
+    padded = [*lanes, *[lanes[-1]] * (self.width - len(lanes))]
+    each = [_contestants.traced(problem, lane) for lane in padded]
+    arrays = {k: jnp.asarray(np.stack([of[k] for of in each])) for k in each[0]}
+    samples = np.stack([problem.samples(int(lane['seed'])) for lane in padded])
+    curve = problem.evaluation('validation')[0]
+    carry = start(arrays)
+    train, points = [], []
+    begin = time.perf_counter()
+    with tqdm(total=task.steps, desc=title, disable=quiet, mininterval=0.5) as bar:
+      for step in range(0, task.steps, task.every):
+        carry, losses = advance(carry, arrays, samples[:, step : step + task.every], problem.arrays)
+        points.append(evaluate(*carry[:2], *curve))
+        train.append(np.asarray(losses, np.float64))
+        bar.set_postfix_str(f'loss {np.nanmedian(train[-1][: len(lanes)]):.3f}', refresh=False)
+        bar.update(task.every)
+    finals = {}
+    for part in ('validation', *(('test',) if test else ())):
+      whole = [evaluate(*carry[:2], *piece) for piece in problem.evaluation(part)]
+      finals[part] = np.mean(np.asarray(jax.device_get(whole), np.float64), axis=0)
+    seconds = time.perf_counter() - begin
+    curves = np.asarray(jax.device_get(points), np.float64)  # (points, 2, lanes)
+    return [
+      {
+        'train': [float(x[i]) for x in train],
+        'validation': curves[:, 0, i].tolist(),
+        'accuracy': curves[:, 1, i].tolist(),
+        **{
+          f'{part}_{name}': float(values[k, i])
+          for part, values in finals.items()
+          for k, name in enumerate(('loss', 'accuracy'))
+        },
+        'seconds': seconds / len(lanes),
+        'backend': jax.default_backend(),
+      }
+      for i in range(len(lanes))
+    ]
+
+
+def perform(
+  runner: Runner, lanes: Iterable[Lane], store: Store, args: argparse.Namespace, what: str
+) -> None:
+  """Trains those lanes that have not been, a width at a time."""
+  problem, program = runner.problem, runner.program
+  missing = missing_lanes(problem, program, lanes, store)
+  batches = [missing[i : i + runner.width] for i in range(0, len(missing), runner.width)]
+  for number, batch in enumerate(batches):
+    if time.perf_counter() > args.deadline:
+      raise OutOfTimeError
+    part = f' {number + 1}/{len(batches)}' if len(batches) > 1 else ''
+    title = f'{problem.task.name}, {program}, {what}{part}, {len(batch)} lanes'
+    waiting = time.perf_counter()
+    advance, *_ = runner.programs()
+    test = any(lane['seed'] < min(_contestants.TUNING_SEEDS) for lane in batch)
+    begin = time.perf_counter()
+    records = runner.run(batch, test=test, title=title, quiet=args.quiet)
+    store.add(problem, program, batch, records)
+    if args.log:
+      print(
+        f'{title}: {time.perf_counter() - begin:.1f} s, after waiting {begin - waiting:.1f} s for'
+        f' the compiler, traced in {runner.trace_seconds:.1f} s;'
+        f' {advance.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB',
+        file=sys.stderr,
+        flush=True,
+      )
+
+
+def missing_lanes(
+  problem: _problems.Problem, program: str, lanes: Iterable[Lane], store: Store
+) -> list[Lane]:
+  """Those that the store has not, each once."""
+  unique = {Store.key(problem, program, lane): lane for lane in lanes}
+  return [lane for lane in unique.values() if store.get(problem, program, lane) is None]
+
+
+# ---------------------------------------------------------------------------------
+# What is to be trained
+# ---------------------------------------------------------------------------------
+
+
+def tuning_lanes(problem: _problems.Problem, contestant: _contestants.Contestant) -> list[Lane]:
+  """All trials of a contestant."""
+  return [
+    contestant.lane(problem, seed, rate, knob)
+    for rate, knob in contestant.grid()
+    for seed in _contestants.TUNING_SEEDS
+  ]
+
+
+def tuned(
+  problem: _problems.Problem, contestant: _contestants.Contestant, store: Store
+) -> dict[str, Any] | None:
+  """The trial with the smallest mean validation loss, and all losses; None if some are missing."""
+  losses = []
+  for rate, knob in contestant.grid():
+    of_seeds = [
+      store.get(problem, contestant.program, contestant.lane(problem, seed, rate, knob))
+      for seed in _contestants.TUNING_SEEDS
+    ]
+    if any(record is None for record in of_seeds):
+      return None
+    found = [_number(record['validation_loss']) for record in of_seeds if record is not None]
+    losses.append(float(np.mean(found)))
+  grid = contestant.grid()
+  best = int(np.argmin(losses))
+  tried = sorted({rate for rate, _ in grid})
+  return {
+    'rate': grid[best][0],
+    'knob': grid[best][1],
+    'loss': losses[best],
+    'at_the_edge': grid[best][0] in (tried[0], tried[-1]),
+    'trials': [[rate, knob, loss] for (rate, knob), loss in zip(grid, losses, strict=True)],
+  }
+
+
+def _number(x: float | None) -> float:
+  return math.inf if x is None or not math.isfinite(x) else x
+
+
+def report_lanes(
+  problem: _problems.Problem,
+  contestant: _contestants.Contestant,
+  store: Store,
+  seeds: Sequence[int],
+) -> list[Lane]:
+  """At what tuning has found, on other seeds."""
+  found = tuned(problem, contestant, store)
+  if found is None:
+    return []
+  return [contestant.lane(problem, seed, found['rate'], found['knob']) for seed in seeds]
+
+
+def map_lanes(args: argparse.Namespace) -> list[Lane]:
+  """Every cell of the map, at every rate, on every seed."""
+  cells = itertools.product(args.alphas, args.turns, args.rates, args.map_seeds)
+  return [_contestants.map_lane(*cell, momentum=args.momentum) for cell in cells]
+
+
+def path_lanes(args: argparse.Namespace) -> list[Lane]:
+  """Every exponent that moves, at every rate, on every seed."""
+  return [
+    _contestants.path_lane(*path, rate, seed)
+    for path, rate, seed in itertools.product(_contestants.PATHS, args.rates, args.map_seeds)
+  ]
+
+
+REFERENCES = ('muon', 'adamw')  # Beside a map: same rates, same seeds.
+FIRST = ('spectral_newton', *REFERENCES)  # Of all tasks, before other programs.
+MAP_SEEDS_FROM = 200
+
+
+def reference_lanes(args: argparse.Namespace) -> list[Lane]:
+  """Of each reference."""
+  return [
+    {'seed': seed, 'rate': rate} for rate, seed in itertools.product(args.rates, args.map_seeds)
+  ]
+
+
+def wanted(
+  problem: _problems.Problem, args: argparse.Namespace
+) -> dict[str, list[tuple[str, list[Lane]]]]:
+  """By program, what is to be trained first, with a word for each part."""
+  parts: dict[str, list[tuple[str, list[Lane]]]] = {}
+  add = lambda program, what, lanes: parts.setdefault(program, []).append((what, lanes))
+  if args.map:
+    add('spectral_newton', 'map', map_lanes(args))
+  if args.schedules:
+    add('spectral_newton', 'schedules', path_lanes(args))
+  if args.map or args.schedules:
+    for program in REFERENCES:
+      add(program, 'reference', reference_lanes(args))
+  if args.compare:
+    lanes: dict[str, list[Lane]] = {}
+    for contestant in args.chosen:
+      lanes.setdefault(contestant.program, []).extend(tuning_lanes(problem, contestant))
+    for program, of in lanes.items():
+      add(program, 'tuning', of)
+  return parts
+
+
+def train_all(
+  problems: Iterable[_problems.Problem], store: Store, args: argparse.Namespace
+) -> list[str]:
+  """Compiles in the background, trains what is compiled, and writes it down.
+
+  What fails (memory, a package that does not run here) does not stop the others; returns it.
+  """
+  failed = []
+  runners: list[tuple[Runner, list[tuple[str, list[Lane]]]]] = []
+  for problem in problems:
+    for program, parts in wanted(problem, args).items():
+      lanes = [lane for _, of in parts for lane in of]
+      count = len(missing_lanes(problem, program, lanes, store))
+      chosen = [c for c in args.chosen if c.program == program] if args.compare else []
+      for contestant in chosen:
+        report = report_lanes(problem, contestant, store, args.seeds)
+        count = count or len(missing_lanes(problem, program, report, store))
+      if count:
+        most = max(1, args.lanes // problem.task.weight)
+        width = math.ceil(count / math.ceil(count / most))
+        runners.append((Runner(problem, program, width), parts))
+  # Where time runs out, what matters most is there.
+  runners.sort(key=lambda of: of[0].program not in FIRST)
+  evaluations: dict[Any, Any] = {}
+  with concurrent.futures.ThreadPoolExecutor(args.compile_threads) as pool:
+    # Its own thread: the first is trained while the others are traced.
+    tracing = threading.Thread(
+      target=lambda: [runner.prepare(pool, evaluations) for runner, _ in runners], daemon=True
+    )
+    tracing.start()
+    try:
+      for runner, parts in runners:
+        try:
+          train_one(runner, parts, store, args)
+        except Exception as error:
+          if isinstance(error, OutOfTimeError):
+            raise
+          failed.append(f'{runner.problem.task.name}, {runner.program}: {error!r}'[:2000])
+          print(f'Failed: {failed[-1]}', file=sys.stderr, flush=True)
+    except OutOfTimeError:
+      print(f'After {args.budget:g} s: the rest is left for another time.', file=sys.stderr)
+      pool.shutdown(wait=False, cancel_futures=True)
+  return failed
+
+
+def train_one(
+  runner: Runner,
+  parts: Iterable[tuple[str, list[Lane]]],
+  store: Store,
+  args: argparse.Namespace,
+) -> None:
+  """What is wanted of a task and a program, and the reported trainings that follow from it."""
+  # As one, so that few batches are padded.
+  whole = [lane for _, lanes in parts for lane in lanes]
+  perform(runner, whole, store, args, ', '.join(what for what, _ in parts))
+  if args.compare:
+    lanes = [
+      lane
+      for contestant in args.chosen
+      if contestant.program == runner.program
+      for lane in report_lanes(runner.problem, contestant, store, args.seeds)
+    ]
+    perform(runner, lanes, store, args, 'report')
+
+
+# ---------------------------------------------------------------------------------
+# What has come out
+# ---------------------------------------------------------------------------------
+
+
+def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) -> dict[str, Any]:
+  """All that the store has on a task, as the JSON keeps it."""
+  task = problem.task
+  found: dict[str, Any] = {'task': {**task.fingerprint(), 'stage': task.stage}, 'contestants': {}}
+  for contestant in args.everyone:
+    best = tuned(problem, contestant, store)
+    if best is None:
+      continue
+    runs = []
+    for seed in range(min(_contestants.TUNING_SEEDS)):
+      lane = contestant.lane(problem, seed, best['rate'], best['knob'])
+      record = store.get(problem, contestant.program, lane)
+      if record is not None:
+        hidden = ('key', 'problem', 'program', 'lane')
+        runs.append({'seed': seed, **{k: v for k, v in record.items() if k not in hidden}})
+    found['contestants'][contestant.name] = {
+      'what': contestant.what,
+      'program': contestant.program,
+      'knob': contestant.knob[0],
+      'tuned': best,
+      'runs': runs,
+    }
+
+  # What was run beside the contestants has seeds of its own.
+  apart = lambda program: [
+    r for r in store.all_of(problem, program) if r['lane']['seed'] >= MAP_SEEDS_FROM
+  ]
+  cells: dict[str, dict[float, dict[int, float]]] = {}
+  for record in apart('spectral_newton'):
+    lane = record['lane']
+    cell = {
+      'alpha': lane['alpha'],
+      'alpha_end': lane.get('alpha_end', lane['alpha']),
+      'turn': lane['turn'],
+      'momentum': lane.get('momentum', _contestants.PER_LANE['momentum']),
+    }
+    losses = cells.setdefault(json.dumps(cell), {}).setdefault(lane['rate'], {})
+    losses[lane['seed']] = _number(record['validation_loss'])
+  found['cells'] = [{**json.loads(cell), **best_rate(losses)} for cell, losses in cells.items()]
+  found['references'] = {}
+  for program in REFERENCES:
+    by_rate: dict[float, dict[int, float]] = {}
+    for record in apart(program):
+      lane = record['lane']
+      by_rate.setdefault(lane['rate'], {})[lane['seed']] = _number(record['validation_loss'])
+    if by_rate:
+      found['references'][program] = best_rate(by_rate)
+  return found
+
+
+def best_rate(losses: dict[float, dict[int, float]]) -> dict[str, Any]:
+  """By the mean over seeds, of the learning rates that have as many seeds as any."""
+  most = max(map(len, losses.values()))
+  means = {r: float(np.mean([*x.values()])) for r, x in losses.items() if len(x) == most}
+  rate = min(means, key=means.__getitem__)
+  whole = dict(sorted(losses[rate].items()))
+  at_the_edge = len(means) > 1 and rate in (min(means), max(means))
+  return {'rate': rate, 'at_the_edge': at_the_edge, 'losses': whole, 'by_rate': means}
+
+
+# ---------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description='Spectral Newton beside tuned rivals.')
+  add = parser.add_argument
+  add('--tasks', nargs='+', default=list(_problems.TASKS), help='names; default all')
+  add('--contestants', nargs='+', help='names; default all')
+  add('--list', action='store_true', help='print the names of tasks and contestants')
+  add('--map', action='store_true', help='the loss over α and σ*, in place of the contestants')
+  add('--schedules', action='store_true', help='exponents that move, likewise')
+  add('--compare', action='store_true', help='the contestants, beside --map or --schedules')
+  add('--report', action='store_true', help='train nothing')
+  add('--seeds', type=int, nargs='+', default=[0, 1, 2, 3, 4], help='of the report')
+  add('--measured', type=pathlib.Path, help='JSON: task, path, {"alpha": α, "gamma": γ}')
+  for name, values in (('alphas', 'ALPHAS'), ('turns', 'TURNS'), ('rates', 'RATES')):
+    default = list(getattr(_contestants, f'MAP_{values}'))
+    add(f'--{name}', type=float, nargs='+', default=default, help='of the map')
+  add('--map-seeds', type=int, nargs='+', default=list(_contestants.MAP_SEEDS))
+  add('--momentum', type=float, help='of the map')
+  add('--batch-size', type=int, help="in place of the tasks' own")
+  add('--steps', type=int, help="in place of the tasks' own")
+  add('--lanes', type=int, default=1, help='trainings at once, of a small network; fewer of others')
+  add('--half', action='store_true', help='forward and backward in bfloat16')
+  add('--budget', type=float, default=math.inf, help='seconds after which nothing is begun')
+  add('--compile-threads', type=int, default=os.cpu_count())
+  add('--data-dir', help="folder of Fashion-MNIST, where Debian's package is not installed")
+  add('--data-file', type=pathlib.Path, help='what --pack-data has written, in place of that')
+  add('--pack-data', type=pathlib.Path, help='write images and text to this file, and stop')
+  add('--work', type=pathlib.Path, default=pathlib.Path('runs/convergence'))
+  add('--output', type=pathlib.Path, help='JSON; tables and plots go beside it')
+  add('--no-tables', dest='tables', action='store_false', help='JSON alone')
+  add('--quiet', action='store_true', help='no progress bars')
+  add('--log', action='store_true', help='a line for each batch of trainings')
+  args = parser.parse_args(argv)
+  args.start = time.perf_counter()
+  args.deadline = args.start + args.budget
+  args.compare = args.compare or not (args.map or args.schedules)
+  if min(args.map_seeds) < MAP_SEEDS_FROM or max(args.seeds) >= min(_contestants.TUNING_SEEDS):
+    parser.error('Seeds from 100 are for tuning, from 200 for maps, and below for the report.')
+  measured = None if args.measured is None else json.loads(args.measured.read_text('utf-8'))
+  everyone = _contestants.contestants(measured)
+  for chosen, known, kind in (
+    (args.tasks, _problems.TASKS, 'tasks'),
+    (args.contestants or (), everyone, 'contestants'),
+  ):
+    if unknown := set(chosen) - set(known):
+      parser.error(f'{min(unknown)!r} is none of the {kind}: {", ".join(known)}')
+  args.everyone = list(everyone.values())
+  # What has been trained elsewhere is shown too; what is not installed is not trained.
+  can_run = lambda name: _contestants.PROGRAMS[everyone[name].program].available
+  for name in args.contestants or ():
+    if not can_run(name):
+      parser.error(f'{name!r} needs a package, or a version of one, that is not installed.')
+  args.chosen = [everyone[name] for name in args.contestants or everyone if can_run(name)]
+  args.output = args.output or RESULTS
+  args.chosen_tasks = []
+  for name in args.tasks:
+    task = _problems.TASKS[name]
+    changes: dict[str, Any] = {}
+    if args.batch_size is not None:
+      changes['batch_size'] = args.batch_size
+    if args.steps is not None:
+      if args.steps % 16:
+        parser.error('--steps must be a multiple of 16: there are so many evaluations.')
+      changes |= {'steps': args.steps, 'every': args.steps // 16}
+    args.chosen_tasks.append(dataclasses.replace(task, **changes))
+  return args
+
+
+def load_problems(args: argparse.Namespace) -> list[_problems.Problem]:
+  """The chosen tasks with their data."""
+  arrays = {}
+  for task in args.chosen_tasks:
+    if task.data not in arrays:
+      arrays[task.data] = _problems.load(task.data, args.data_dir, args.data_file)
+  return [
+    _problems.Problem(task, arrays[task.data], together=args.lanes > 1, half=args.half)
+    for task in args.chosen_tasks
+  ]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+  """Runs the command line; returns what the JSON holds of the chosen tasks."""
+  args = parse(argv)
+  if args.list:
+    print('\n'.join([*args.tasks, '', *(f'{c.name}: {c.what}' for c in args.everyone)]))
+    return {}
+  if args.pack_data is not None:
+    print(f'{args.pack_data}: {_problems.pack(args.pack_data, args.data_dir) / 1e6:.1f} MB')
+    return {}
+  problems = load_problems(args)
+  store = Store(args.work)
+  failed = [] if args.report else train_all(problems, store, args)
+  content = {'tasks': {}, 'failed': failed, 'environment': environment()}
+  for problem in problems:
+    found = outcome(problem, store, args)
+    name = problem.task.name
+    for option in ('batch_size', 'steps'):
+      if (value := getattr(args, option)) is not None:
+        name += f', {option} {value:g}'
+    content['tasks'][name] = found
+  # Of other tasks, what is there already stays.
+  if args.output.is_file():
+    before = json.loads(args.output.read_text('utf-8'))
+    content['tasks'] = before.get('tasks', {}) | content['tasks']
+  write_json(args.output, content)
+  if args.tables:
+    written = _convergence_report.write(content, args.output)
+    print(args.output.with_suffix('.md').read_text('utf-8'))
+    print(f'{", ".join(map(str, written))}, after {time.perf_counter() - args.start:.0f} s')
+  return content
+
+
+if __name__ == '__main__':
+  sys.exit(1 if main().get('failed') else 0)

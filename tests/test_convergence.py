@@ -1,0 +1,287 @@
+"""The comparison: that it runs, goes on where it was, tunes fairly and counts right."""
+
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+
+
+@pytest.fixture
+def convergence(monkeypatch):
+  for folder in (BENCHMARKS.parent / 'examples', BENCHMARKS):
+    monkeypatch.syspath_prepend(folder)
+  monkeypatch.setenv('OPENBLAS_NUM_THREADS', os.environ.get('OPENBLAS_NUM_THREADS', '1'))
+  module = importlib.import_module('convergence')
+  # The trainings are Flax's and other people's, which promote ranks.
+  with jax.numpy_rank_promotion('allow'):
+    yield module
+
+
+@pytest.fixture
+def small(convergence, monkeypatch):
+  """A task of a moment."""
+  task = convergence._problems.TASKS['mlp-digits']
+  monkeypatch.setitem(
+    convergence._problems.TASKS,
+    'mlp-digits',
+    convergence.dataclasses.replace(task, options={'width': 12, 'depth': 1}, steps=32, every=16),
+  )
+  return convergence
+
+
+def test_a_run_leaves_all_and_goes_on_where_it_was(small, tmp_path, capsys, monkeypatch):
+  work, output = tmp_path / 'work', tmp_path / 'results' / 'convergence.json'
+  command = '--tasks mlp-digits --contestants muon spectral_newton --lanes 28 --quiet --seeds 0 1'
+  command = [*command.split(), '--work', str(work), '--output', str(output)]
+  batches = []
+  original = small.Runner.run
+
+  def watched(self, lanes, **how):
+    batches.append((self.program, len(lanes), how['test']))
+    return original(self, lanes, **how)
+
+  monkeypatch.setattr(small.Runner, 'run', watched)
+  small.main(command)
+  # Fourteen trials on two seeds each, and two seeds that are reported: these see test data.
+  assert batches == [
+    ('muon', 28, False), ('muon', 2, True), ('spectral_newton', 28, False),
+    ('spectral_newton', 2, True),
+  ]  # fmt: skip
+  content = json.loads(output.read_text())
+  found = content['tasks']['mlp-digits']['contestants']
+  assert list(found) == ['muon', 'spectral_newton']
+  for of in found.values():
+    assert len(of['tuned']['trials']) == small._contestants.TRIALS
+    assert of['tuned']['loss'] == min(loss for _, _, loss in of['tuned']['trials'] if loss)
+    assert [run['seed'] for run in of['runs']] == [0, 1]
+    for run in of['runs']:
+      assert len(run['validation']) == len(run['train']) == 2
+      assert run['validation'][1] < run['validation'][0] < 2.5
+      assert 0.3 < run['test_accuracy'] <= 1
+      assert run['test_loss'] != run['validation_loss']
+  first, second = (run['test_loss'] for run in found['muon']['runs'])
+  assert first != second
+  assert 'Muon (Optax)' in capsys.readouterr().out
+  assert {p.name for p in output.parent.iterdir()} == {
+    'convergence.json', 'convergence.md', 'convergence_curves.png',
+    'convergence_differences.png',
+  }  # fmt: skip
+
+  # What has been trained is not trained again; a line that was cut short is.
+  batches.clear()
+  small.main(command)
+  assert batches == []
+  assert json.loads(output.read_text()) == content
+  path = work / 'mlp-digits' / 'muon.jsonl'
+  path.write_text(path.read_text()[:-40])
+  small.main(command)
+  assert batches == [('muon', 1, True)]
+  again = json.loads(output.read_text())['tasks']['mlp-digits']['contestants']
+  # Alone, and not one of many: the same training.
+  assert again['muon']['runs'][1]['test_loss'] == pytest.approx(second, rel=1e-3)
+
+
+def test_a_map_and_exponents_that_move(small, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(small._contestants, 'PATHS', ((1.5, 1.5, 0.06), (2.0, 1.0, 0.06)))
+  output = tmp_path / 'map.json'
+  command = '--tasks mlp-digits --map --schedules --alphas 1 1.5 --turns 0.06 0.3 --rates 0.01 0.02'
+  command = f'{command} --map-seeds 200 201 --lanes 32 --quiet --work {tmp_path} --output {output}'
+  small.main(command.split())
+  task = json.loads(output.read_text())['tasks']['mlp-digits']
+  cells = {(c['alpha'], c['alpha_end'], c['turn']): c for c in task['cells']}
+  assert set(cells) == {(1, 1, 0.06), (1, 1, 0.3), (1.5, 1.5, 0.06), (1.5, 1.5, 0.3), (2, 1, 0.06)}
+  for cell in cells.values():
+    assert set(cell['losses']) == {'200', '201'}
+    assert set(cell['by_rate']) == {'0.01', '0.02'}
+    mean = np.mean(list(cell['losses'].values()))
+    assert mean == pytest.approx(min(cell['by_rate'].values()), rel=1e-5)
+  assert len({cell['by_rate']['0.01'] for cell in cells.values()}) == 5  # All different.
+  assert set(task['references']) == {'muon', 'adamw'}
+  text = output.with_suffix('.md').read_text()
+  assert '| 2 → 1 | 0.06 |' in text
+  assert '| α \\ σ* | 0.06 | 0.3 |' in text
+  assert (tmp_path / 'map_map.png').is_file()
+
+
+def test_spectral_newton_of_a_lane_is_the_librarys(small):
+  problems, contestants = small._problems, small._contestants
+  task = problems.TASKS['mlp-digits']
+  problem = problems.Problem(task, problems.load('digits'), together=True)
+  lane = contestants.traced(problem, {'seed': 0, 'rate': 0.02, 'alpha': 2.0, 'alpha_end': 1.0})
+  assert problem.matrices == ['head/kernel', 'layers/0/kernel']
+  np.testing.assert_allclose(lane['alpha_end'], [1, 1])
+  params, _ = problem.init(jnp.uint32(0))
+  key = jax.random.key(1)
+  grads = {p: jax.random.normal(jax.random.fold_in(key, i), x.shape)
+           for i, (p, x) in enumerate(params.items())}  # fmt: skip
+  ours = contestants.spectral_newton(problem, lane)
+  # Half way, the exponent is half way: the momentum of equal gradients is that gradient.
+  state = jax.tree.map(
+    lambda x: jnp.full_like(x, 16) if x.dtype == jnp.int32 else x, ours.init(params)
+  )
+  updates, _ = ours.update(grads, state, jax.tree.map(jnp.zeros_like, params))
+  for path in problem.matrices:
+    exact = contestants.spectral_optax.apply_transfer(
+      grads[path], alpha=1.5, damping=0.06**1.5, solver='svd'
+    )
+    exact /= jnp.sqrt(jnp.mean(exact**2))
+    found = updates[path] / jnp.sqrt(jnp.mean(updates[path] ** 2))
+    np.testing.assert_allclose(found, -exact, atol=4 * contestants.TOLERANCE)
+    rate = float(contestants.schedule(problem, lane)(16))
+    assert float(jnp.sqrt(jnp.mean(updates[path] ** 2))) == pytest.approx(0.2 * rate, rel=1e-3)
+
+
+def test_contestants_are_tuned_alike(convergence):
+  contestants, problems = convergence._contestants, convergence._problems
+  measured = {'mlp-digits': {}}
+  problem = problems.Problem(problems.TASKS['mlp-digits'], problems.load('digits'), together=False)
+  values = dict(zip(problem.matrices, (0.8, 1.0, 1.3, 1.7, 2.2), strict=True))
+  measured['mlp-digits'] = {p: {'alpha': a, 'gamma': 1.0} for p, a in values.items()}
+  everyone = contestants.contestants(measured)
+  for contestant in everyone.values():
+    grid = contestant.grid()
+    assert len(set(grid)) == contestants.TRIALS
+    seen = sorted({rate for rate, _ in grid})
+    assert seen[-1] / seen[0] == pytest.approx(2 ** (7 * (1 - 1 / len(seen))), rel=1e-4)
+    lanes = convergence.tuning_lanes(problem, contestant)
+    assert {lane['seed'] for lane in lanes}.isdisjoint(range(100))
+    for lane in lanes:
+      contestants.traced(problem, lane)
+  at = lambda name: everyone[name].lane(problem, 3, 0.01, 0.06)['alpha']
+  assert at('measured') == values
+  assert at('measured_reversed') == pytest.approx({p: 3.0 - a for p, a in values.items()})
+  assert sorted(at('measured_shuffled').values()) == sorted(values.values())
+  assert at('measured_shuffled') != values
+  # s^1 and s^-1, each with a mean of one.
+  scale = everyone['scalar'].lane(problem, 3, 0.01, -1.0)['scale']
+  assert np.mean(list(scale.values())) == pytest.approx(1, rel=1e-4)
+  assert scale[problem.matrices[0]] / scale[problem.matrices[4]] == pytest.approx(
+    2.2 / 0.8, rel=1e-4
+  )
+  with pytest.raises(ValueError, match="'rat' is no number"):
+    contestants.traced(problem, {'seed': 0, 'rat': 1.0})
+
+
+@pytest.mark.parametrize(
+  ('kernel', 'stride', 'padding'), [(3, 1, 'SAME'), (3, 2, 'SAME'), (1, 2, 'SAME'), (4, 4, 'VALID')]
+)
+def test_a_convolution_is_a_product(convergence, kernel, stride, padding):
+  keys = jax.random.split(jax.random.key(0), 2)
+  x = jax.random.normal(keys[0], (2, 9, 8, 3))
+  w = jax.random.normal(keys[1], (2, kernel, kernel, 3, 5))
+
+  def gradients(convolution):
+    def loss(w, x):
+      y = convolution(x, w, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      return jnp.sum(jnp.sin(y)), y
+
+    return jax.vmap(jax.grad(loss, argnums=(0, 1), has_aux=True), in_axes=(0, None))(w, x)
+
+  ours = gradients(convergence._problems.convolution_by_product)
+  theirs = gradients(jax.lax.conv_general_dilated)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+  with pytest.raises(ValueError, match='Only plain convolutions'):
+    convergence._problems.convolution_by_product(x, w[0], (1, 1), 'SAME', rhs_dilation=(2, 2))
+
+
+def test_statistics(convergence):
+  report = convergence._convergence_report
+  mean, half = report.interval([1.0, 2.0, 3.0])
+  assert mean == 2
+  assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)  # t of two degrees, 97.5 %.
+  # What all seeds share is not in a paired interval.
+  mean, half, count = report.paired({0: 1.1, 1: 5.2, 2: 9.3}, {0: 1.0, 1: 5.0, 2: 9.0, 3: 2.0})
+  assert (mean, count) == (pytest.approx(0.2), 3)
+  assert half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
+  assert math.isnan(report.interval([1.0])[1])
+  curve = [3.0, 2.0, 1.0]
+  assert report.steps_to(curve, 10, 1.5) == 25
+  assert report.steps_to(curve, 10, 2.0) == 20
+  assert report.steps_to(curve, 10, 3.5) == 10
+  assert report.steps_to(curve, 10, 0.9) is None
+  assert report.steps_to([None, None], 10, 0.9) is None
+
+
+def test_best_rate_and_divergence(convergence):
+  losses = {0.1: {200: 1.0, 201: 3.0}, 0.2: {200: 1.5, 201: 1.5}, 0.4: {200: math.inf, 201: 1.0},
+            0.8: {200: 0.1}}  # fmt: skip
+  best = convergence.best_rate(losses)
+  assert best['rate'] == 0.2
+  assert best['losses'] == {200: 1.5, 201: 1.5}
+  assert not best['at_the_edge']
+  assert set(best['by_rate']) == {0.1, 0.2, 0.4}  # One seed of two is not compared.
+  run = lambda seed, loss: {
+    'seed': seed, 'test_loss': loss, 'test_accuracy': 0.5, 'validation_loss': loss,
+    'validation': [2.0, loss],
+  }  # fmt: skip
+  tuned = {'rate': 0.1, 'knob': None, 'at_the_edge': False}
+  entry = lambda *runs: {'what': 'it', 'knob': '', 'tuned': tuned, 'runs': list(runs)}
+  task = {
+    'task': {'every': 10, 'steps': 20},
+    'contestants': {
+      'muon': entry(run(0, 1.0), run(1, 1.2)),
+      'other': entry(run(0, 0.9), run(1, None)),
+    },
+  }
+  rows = convergence._convergence_report.summary(task)
+  assert list(rows) == ['muon', 'other']
+  assert math.isinf(rows['other']['test_loss'][0])
+  assert rows['other']['reached'] == 1
+  # To 1.1 from 2.0 to 0.9 in the second ten steps; the diverged one counts in full.
+  assert rows['other']['steps'] == pytest.approx((10 + 10 * 0.9 / 1.1 + 20) / 2)
+  assert 'diverged' in convergence._convergence_report.contestants_table(task)
+
+
+def test_packed_data_is_the_same(convergence, tmp_path, monkeypatch):
+  problems = convergence._problems
+  images = {k: np.full((3, 2), i, np.uint8) for i, k in enumerate(('train_x', 'test_x'))}
+  load = lambda name, folder=None: images if name == 'fashion' else {'train': np.arange(9)}
+  with monkeypatch.context() as patch:
+    patch.setattr(problems, 'load', load)
+    assert problems.pack(tmp_path / 'data.npz') > 0
+  found = problems.load('fashion', packed=tmp_path / 'data.npz')
+  assert found.keys() == images.keys()
+  np.testing.assert_array_equal(found['test_x'], images['test_x'])
+  text = problems.load('bytes')
+  assert sum(map(len, text.values())) == 2_000_000
+  assert len(text['train']) > 10 * len(text['test'])
+  np.testing.assert_array_equal(
+    problems.load('bytes', packed=tmp_path / 'data.npz')['train'], np.arange(9)
+  )
+
+
+def test_command_line(convergence, capsys):
+  assert convergence.main(['--list']) == {}
+  assert 'spectral_newton: Spectral Newton, defaults' in capsys.readouterr().out
+  for arguments, message in (
+    (['--tasks', 'none'], "'none' is none of the tasks"),
+    (['--contestants', 'none'], "'none' is none of the contestants"),
+    (['--steps', '30'], 'multiple of 16'),
+    (['--seeds', '100'], 'Seeds from 100 are for tuning'),
+  ):
+    with pytest.raises(SystemExit):
+      convergence.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_what_fails_does_not_stop_the_others(small, tmp_path, monkeypatch, capsys):
+  broken = small._contestants.Program(lambda problem, lane: 1 / 0)
+  monkeypatch.setitem(small._contestants.PROGRAMS, 'adamw', broken)
+  command = '--tasks mlp-digits --contestants adamw sgd --lanes 28 --quiet --seeds 0 --no-tables'
+  command = f'{command} --work {tmp_path} --output {tmp_path / "c.json"}'
+  content = small.main(command.split())
+  assert len(content['failed']) == 1
+  assert 'mlp-digits, adamw: ZeroDivisionError' in content['failed'][0]
+  assert list(content['tasks']['mlp-digits']['contestants']) == ['sgd']
+  assert 'Failed: mlp-digits, adamw' in capsys.readouterr().err
+  # Nothing is begun when there is no time.
+  monkeypatch.setattr(small.Runner, 'run', lambda *_, **__: pytest.fail('has begun'))
+  small.main([*command.split(), '--budget', '0', '--seeds', '1', '--work', str(tmp_path / 'new')])
