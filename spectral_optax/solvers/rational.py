@@ -57,8 +57,8 @@ def _inverses(
 
   def one_by_one(*batch):  # What a CPU works on stays in its cache.
     if len(gram) == 1:
-      return together(*batch, lapack)
-    return jax.lax.map(lambda one: together(*(x[None] for x in one), lapack)[0], batch)
+      return together(*batch, pivot_of=lapack)
+    return jax.lax.map(lambda one: together(*(x[None] for x in one), pivot_of=lapack)[0], batch)
 
   return jax.lax.platform_dependent(
     gram,
