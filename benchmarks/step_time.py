@@ -4,6 +4,7 @@
     python benchmarks/step_time.py --sets vit gpt2 --contestants auto "gram alpha=1.2"
     python benchmarks/step_time.py --quick
     python benchmarks/step_time.py --calibrate                    # Is "auto" right, here?
+    python benchmarks/step_time.py --calibrate --quick            # Its table of costs alone
 
 An update is the whole of it: gradients in, new parameters and state out, one compiled
 program. All contestants of a set are timed in one process, taking turns, and compared by
@@ -349,6 +350,82 @@ GRID = [
 NEVER_CHOSEN = ('svd', 'low_rank')
 
 
+# Smaller sides that the costs in `solvers.COSTS` are measured at; poles, and steps, at a time.
+COST_SIDES = (64, 128, 256, 384, 768, 2048)
+COST_POLES, COST_STEPS = 3, 8
+
+
+def cost_parts() -> dict[str, Callable[[jax.Array], Any]]:
+  """What solvers consist of, from positive definite matrices, (batch, n, n)."""
+
+  def products(product):
+    def steps(y):
+      batch = len(y)
+      rate, weights = jnp.full(batch, 2.8), jnp.ones((batch, COST_STEPS + 2))
+      run = lambda layout: functools.partial(
+        solvers.polynomial._sum_of_iterates, product=product, layout=layout
+      )
+      return jax.lax.platform_dependent(
+        y,
+        rate,
+        weights,
+        cpu=run(solvers.polynomial.IN_CACHE),
+        tpu=run(solvers.polynomial.IN_CACHE),
+        default=run(solvers.polynomial.FEW_KERNELS),
+      )
+
+    return steps
+
+  def poles(y):
+    shifts = jnp.broadcast_to(
+      jnp.geomspace(0.01, 1, COST_POLES, dtype=y.dtype), (len(y), COST_POLES)
+    )
+    return solvers.rational._inverses(y, jnp.ones_like(shifts), shifts)
+
+  parts = {
+    'product': products(solvers.polynomial.float32_product),
+    'poles': poles,
+    'eigenvectors': solvers.gram._eigenvectors,
+  }
+  if jax.default_backend() != 'cpu':
+    parts['bfloat16 product'] = products(solvers.polynomial.bfloat16_product)
+  return parts
+
+
+def measure_costs(args: argparse.Namespace, console: rich.console.Console) -> list[dict[str, Any]]:
+  """What belongs in `solvers.COSTS`, measured: in products of n x n matrices.
+
+  Off a CPU, of products in bfloat16, which are what the default tolerance takes there. A
+  table made of it decides between "rational", "polynomial" and "gram".
+  """
+  found = []
+  for n in COST_SIDES:
+    batch = max(1, min(100, 2**22 // n**2))
+    g = np.random.default_rng(0).standard_normal((batch, n, 2 * n), np.float32)
+    y = jnp.asarray(np.einsum('bij,bkj->bik', g, g) / (12 * n))  # Eigenvalues up to 1/2.
+    racers = [
+      _measure.Racer(name, lambda y, state, _, part=part: (part(y), state), ())
+      for name, part in cost_parts().items()
+    ]
+    how = {'title': f'{batch} x {n} x {n}', 'quiet': args.quiet}
+    _measure.compile_all(racers, y, (), times=1, **how)
+    _measure.race(racers, y, (), rounds=args.rounds, seconds=min(args.seconds, 2.0), **how)
+    ms = {racer.name: 1e3 * float(np.nanmedian(racer.seconds)) for racer in racers}
+    product = ms.get('bfloat16 product', ms['product']) / (COST_STEPS + 1)
+    # As in `choose_solver`: the first pole is half of one.
+    cost = solvers.Cost(ms['poles'] / (COST_POLES - 0.5) / product, ms['eigenvectors'] / product)
+    found.append({'side': n, 'batch': batch, 'ms': ms, **cost._asdict()})
+    table = solvers.COSTS.get(jax.default_backend(), {1: solvers.ELSEWHERE})
+    now = table[max(side for side in table if side <= n)]
+    cells = ' '.join(f'{name} {value:.3g}' for name, value in ms.items())
+    console.print(
+      f'{batch} x {n} x {n}: Cost({cost.pole:.2g}, {cost.eigenvectors:.3g}), in the table'
+      f' Cost({now.pole:g}, {now.eigenvectors:g}); ms: {cells}',
+      highlight=False,
+    )
+  return found
+
+
 def auto_choice(
   alpha: float, damping: float, shape: tuple[int, int, int], tolerance: float | None
 ) -> str:
@@ -369,8 +446,11 @@ def grid_set(batch: int, rows: int, columns: int) -> _parameters.ParameterSet:
 def calibrate(args: argparse.Namespace, console: rich.console.Console) -> list[dict[str, Any]]:
   """Whether "auto" takes the fastest solver, shape by shape.
 
-  Timed with all that an update does besides, the same for all of them.
+  Timed with all that an update does besides, the same for all of them. With `--quick`, in
+  place of that, what the parts of solvers cost.
   """
+  if args.quick:
+    return measure_costs(args, console)
   found = []
   contestants = [c for c in spectral_newtons() if c.solver not in (*NEVER_CHOSEN, 'auto')]
   contestants = filtered(contestants, args.contestants)
@@ -463,7 +543,11 @@ def make_parser() -> argparse.ArgumentParser:
   add('--plot', action=argparse.BooleanOptionalAction, default=True, help='a PNG beside the JSON')
   add('--errors', action=argparse.BooleanOptionalAction, default=True, help='one more compilation')
   add('--markdown', action='store_true', help='the tables once more, in Markdown')
-  add('--calibrate', action='store_true', help='compare the choices of "auto" with timings')
+  add(
+    '--calibrate',
+    action='store_true',
+    help='compare the choices of "auto" with timings; with --quick, measure its table of costs',
+  )
   add('--shapes', nargs='+', type=shape, default=GRID, metavar='BxMxN', help='for --calibrate')
   add('--quiet', action='store_true', help='no progress bars')
   return parser

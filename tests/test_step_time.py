@@ -191,3 +191,27 @@ def test_calibration_asks_the_library(step_time):
     for shape in ((1, 64, 64), (12, 384, 1536)):
       choice = step_time.auto_choice(alpha, 0.1, shape, None)
       assert choice in step_time.solvers.SOLVERS
+
+
+def test_costs_are_in_products(step_time, capsys, monkeypatch):
+  def race(racers, *_, **__):
+    for racer in racers:
+      assert np.isfinite(np.asarray(racer.compiled(*given, racer.state, ())[0])).all()
+      racer.seconds = [{'product': 0.09, 'poles': 0.05, 'eigenvectors': 0.2}[racer.name]] * 3
+
+  given = []
+
+  def compile_all(racers, y, params, **_):
+    given[:] = [y]
+    for racer in racers:
+      racer.compile(y, params)
+
+  monkeypatch.setattr(step_time, 'COST_SIDES', (16, 80))
+  monkeypatch.setattr(step_time._measure, 'compile_all', compile_all)
+  monkeypatch.setattr(step_time._measure, 'race', race)
+  found = step_time.main(['--calibrate', '--quick', '--quiet'])
+  assert [case['side'] for case in found] == [16, 80]
+  for case in found:  # Nine products in 90 ms; three poles, of which the first is half.
+    assert case['pole'] == pytest.approx(2)
+    assert case['eigenvectors'] == pytest.approx(20)
+  assert capsys.readouterr().out.count('Cost(2, 20)') == 2

@@ -36,6 +36,7 @@ from spectral_optax.solvers._spectrum import (
   SPECTRAL_SLACK,
   Spectrum,
   converge,
+  energy,
   follow,
   multiply_gram,
   multiply_twice,
@@ -420,37 +421,48 @@ def _solve_pieces(
 SAFE = 1e-14, 1e14
 
 
-def _grams(batches: Sequence[Batch], n: int, half: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Gram matrices of all G / c, padded with zeros to n; c; and which G are finite.
+def _grams(
+  batches: Sequence[Batch], n: int, half: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Gram matrices of all G / c, padded with zeros to n; their traces; c; which G are finite.
 
   c is one unless some G would leave float32: looking for it takes a pass over all of G,
   and dividing by it two more.
   """
   matrices = [matrix for batch in batches for matrix in batch.matrices]
 
-  def padded(gram: jax.Array) -> jax.Array:
-    pad = (0, n - gram.shape[-1])
-    return jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram
+  def together(matrices):
+    grams = []
+    for matrix in matrices:
+      gram = _gram(matrix, half)
+      pad = (0, n - gram.shape[-1])
+      grams.append(jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram)
+    return jnp.concatenate(grams)
 
   def with_scales(matrices):
-    # A stack for each shape: this is compiled always, and hardly ever runs.
-    places: dict[tuple[int, ...], list[int]] = {}
-    for i, matrix in enumerate(matrices):
-      places.setdefault(matrix.shape[1:], []).append(i)
-    stacks = [jnp.concatenate([matrices[i] for i in of]) for of in places.values()]
-    scaled, scales, finites = zip(*map(_scaled, stacks), strict=True)
-    grams = jnp.concatenate([padded(_gram(matrix, half)) for matrix in scaled])
-    numbers = np.split(np.arange(len(grams)), np.cumsum([len(m) for m in matrices])[:-1])
-    order = np.argsort(np.concatenate([numbers[i] for of in places.values() for i in of]))
-    return grams[order], jnp.concatenate(scales)[order], jnp.concatenate(finites)[order]
+    # This is compiled always, and hardly ever runs: products are quick to compile, so that
+    # G times a matrix scales it. A power of two changes no digit.
+    scaled, scales, finites = [], [], []
+    for matrix in matrices:
+      largest = jnp.max(jnp.abs(matrix), axis=(-2, -1))  # NaN, if one is there.
+      finite = jnp.isfinite(largest)
+      scale = jnp.exp2(jnp.floor(jnp.log2(jnp.where(finite & (largest > 0), largest, 1))))
+      short = min(matrix.shape[-2:])
+      unit = jnp.eye(short, dtype=matrix.dtype)[None] / scale[:, None, None]
+      scaled.append(_apply(matrix, unit))
+      scales.append(scale)
+      finites.append(finite)
+    finite = jnp.concatenate(finites)
+    grams = jnp.where(finite[:, None, None], together(scaled), 0)
+    return grams, energy(grams), jnp.concatenate(scales), finite
 
   def as_they_are(matrices):
     del matrices
-    return grams, jnp.ones_like(energy), jnp.ones(energy.shape, bool)
+    return grams, sums, jnp.ones_like(sums), jnp.ones(sums.shape, bool)
 
-  grams = jnp.concatenate([padded(_gram(matrix, half)) for matrix in matrices])
-  energy = jnp.trace(grams, axis1=-2, axis2=-1)
-  safe = jnp.all((energy > SAFE[0]) & (energy < SAFE[1]))  # False for a NaN.
+  grams = together(matrices)
+  sums = energy(grams)
+  safe = jnp.all((sums > SAFE[0]) & (sums < SAFE[1]))  # False for a NaN.
   return jax.lax.cond(safe, as_they_are, with_scales, matrices)
 
 
@@ -468,7 +480,7 @@ def _solve_grams(
   half = batches[0].basis.dtype == jnp.float32 and half_precision_will_do(
     alpha, damping, normalize, tolerance
   )
-  gram_matrix, c, finite = _grams(batches, n, half)
+  gram_matrix, sums, c, finite = _grams(batches, n, half)
   side = np.concatenate([np.full(len(batch.basis), batch.small) for batch in batches])
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))
   basis = jnp.concatenate([pad(batch.basis) for batch in batches])
@@ -478,8 +490,7 @@ def _solve_grams(
     leading = converge(multiply_gram(gram_matrix), basis)
     size = jnp.where(leading.sigma[:, 0] > 0, leading.sigma[:, 0], 1)
   else:
-    energy = jnp.trace(gram_matrix, axis1=-2, axis2=-1)
-    size = _size(energy, normalize, jnp.asarray(side, energy.dtype))
+    size = _size(sums, normalize, jnp.asarray(side, sums.dtype))
   gain = 1 / (c * size)
   if normalize is None:
     damping, power = _unscale(alpha, damping, c * size)

@@ -8,11 +8,12 @@ momentum has one direction far above the rest.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from spectral_optax.solvers._lapack import one_at_a_time
+from spectral_optax.solvers._lapack import in_a_loop
 from spectral_optax.solvers._perturbation import transpose
 
 # Rows in a pivot of the loop; how many blocks a matrix is cut into, and above which size
@@ -26,8 +27,12 @@ def _matmul(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
   return jnp.matmul(a, b, precision=precision, preferred_element_type=a.dtype)
 
 
+# From a pivot's A (batch, b, b), a bound on its eigenvalues and a precision to its W.
+Pivot = Callable[[jax.Array, jax.Array, str], jax.Array]
+
+
 def inverse_factor(
-  matrix: jax.Array, least: jax.Array, precision: str = 'highest'
+  matrix: jax.Array, least: jax.Array, pivot_of: Pivot, precision: str = 'highest'
 ) -> list[jax.Array]:
   """W = L⁻¹ of A = L Lᵀ, by block rows (batch, rows, columns up to theirs).
 
@@ -35,11 +40,12 @@ def inverse_factor(
     matrix: A, (batch, n, n).
     least: (batch,), below the smallest eigenvalue. No pivot is smaller; one that
       rounding has made so is put there.
+    pivot_of: `lapack`, `batched` or `eliminate`: the first on a CPU, the last on a TPU.
     precision: Of the products.
   """
   n = matrix.shape[-1]
   if n <= CUT_ABOVE:
-    return [_pivot(matrix, least, precision)]
+    return [pivot_of(matrix, least, precision)]
   size = -(-n // (BLOCKS * PIVOT)) * PIVOT
   starts = list(range(0, n, size))
   # Below the diagonal of block column j, updated as columns to its left are eliminated.
@@ -47,7 +53,7 @@ def inverse_factor(
   rows: list[jax.Array | None] = [None] * len(starts)
   for k, start in enumerate(starts):
     width = columns[k].shape[-1]
-    pivot = _pivot(columns[k][:, :width], least, precision)
+    pivot = pivot_of(columns[k][:, :width], least, precision)
     row, left = pivot, rows[k]
     if left is not None:
       row = jnp.concatenate([_matmul(pivot, left, precision), pivot], axis=-1)
@@ -69,9 +75,13 @@ def inverse_factor(
   return [row for row in rows if row is not None]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def weighted_inverses(
-  matrix: jax.Array, weights: jax.Array, least: jax.Array, precision: str = 'highest'
+  matrix: jax.Array,
+  weights: jax.Array,
+  least: jax.Array,
+  pivot_of: Pivot,
+  precision: str = 'highest',
 ) -> jax.Array:
   """Σ weights A⁻¹ over the second axis: (batch, n, n).
 
@@ -79,10 +89,11 @@ def weighted_inverses(
     matrix: A, (batch, count, n, n), symmetric positive definite.
     weights: (batch, count).
     least: (batch, count), see `inverse_factor`.
+    pivot_of: See `inverse_factor`.
     precision: Of the products.
   """
   batch, count, n, _ = matrix.shape
-  rows = inverse_factor(matrix.reshape(-1, n, n), least.reshape(-1), precision)
+  rows = inverse_factor(matrix.reshape(-1, n, n), least.reshape(-1), pivot_of, precision)
   total = jnp.zeros((batch, n, n), matrix.dtype)
   for row in rows:  # Wᵀ W by block rows, which end at the diagonal.
     height, width = row.shape[-2:]
@@ -98,7 +109,7 @@ def weighted_inverses(
 
 
 @weighted_inverses.defjvp
-def _weighted_inverses_jvp(precision, primals, tangents):
+def _weighted_inverses_jvp(pivot_of, precision, primals, tangents):
   """D A⁻¹ = -A⁻¹ dA A⁻¹, and nothing of how it was computed."""
   matrix, weights, least = primals
   d_matrix, d_weights, _ = tangents
@@ -106,6 +117,7 @@ def _weighted_inverses_jvp(precision, primals, tangents):
     matrix.reshape(-1, 1, *matrix.shape[2:]),
     jnp.ones((weights.size, 1), weights.dtype),
     least.reshape(-1, 1),
+    pivot_of,
     precision,
   ).reshape(matrix.shape)
   turned = _matmul(each, _matmul(d_matrix, each, precision), precision)
@@ -119,20 +131,26 @@ def _factor(matrix: jax.Array) -> jax.Array:
   return jax.lax.linalg.triangular_solve(factor, unit, left_side=False, lower=True)
 
 
-_factor_batched = one_at_a_time(_factor)
+_factor_in_a_loop = in_a_loop(_factor)
 
 
-def _pivot(matrix: jax.Array, least: jax.Array, precision: str) -> jax.Array:
-  """W of one block: LAPACK, or what a GPU has in its place; on a TPU, products."""
-  return jax.lax.platform_dependent(
-    matrix,
-    least,
-    tpu=lambda matrix, least: _eliminate(matrix, least, precision),
-    default=lambda matrix, _: _factor_batched(matrix),
-  )
+# Pivots of one size are traced once: a jitted function remembers.
+@functools.partial(jax.jit, static_argnums=2)
+def lapack(matrix: jax.Array, least: jax.Array, precision: str) -> jax.Array:
+  """W of one block on a CPU."""
+  del least, precision
+  return _factor_in_a_loop(matrix)
 
 
-def _eliminate(matrix: jax.Array, least: jax.Array, precision: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def batched(matrix: jax.Array, least: jax.Array, precision: str) -> jax.Array:
+  """By what a GPU has in LAPACK's place; never on a CPU."""
+  del least, precision
+  return jax.vmap(_factor)(matrix)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def eliminate(matrix: jax.Array, least: jax.Array, precision: str) -> jax.Array:
   """W from [A | I] by forward elimination: a pivot of rows at a time, in a loop.
 
   With R = L_kk⁻¹ [row k], rows below lose Cᵀ R, C what R has to the left in their columns:
@@ -155,7 +173,7 @@ def _eliminate(matrix: jax.Array, least: jax.Array, precision: str) -> jax.Array
       below = jnp.where(index > k, row[:, 0, :padded], 0)
       both = both - below[:, :, None] * row
     else:
-      row = _matmul(_eliminate(pivot, least, precision), row, precision)
+      row = _matmul(eliminate(pivot, least, precision), row, precision)
       below = jnp.where(index > k, row[:, :, :padded], 0)
       both = both - _matmul(transpose(below), row, precision)
     return jax.lax.dynamic_update_slice_in_dim(both, row, k * size, axis=1)

@@ -13,6 +13,19 @@ from typing import Any
 import jax
 
 
+def in_a_loop(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Maps `function`, of single matrices, over the leading axis of its arguments in a loop."""
+  # Without this an outer `vmap` would turn the loop's body into a batched call.
+  sequential = jax.custom_batching.sequential_vmap(function)
+
+  def loop(*batched):
+    if batched[0].shape[0] == 1:
+      return jax.tree.map(lambda x: x[None], sequential(*(x[0] for x in batched)))
+    return jax.lax.map(lambda single: sequential(*single), batched)
+
+  return loop
+
+
 def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
   """Maps `function` over the leading axis of its arguments; on a CPU in a loop.
 
@@ -22,13 +35,7 @@ def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
   Returns:
     A function of the same arguments, each with one leading batch axis.
   """
-  # Without this an outer `vmap` would turn the loop's body into a batched call.
-  sequential = jax.custom_batching.sequential_vmap(function)
-
-  def loop(*batched):
-    if batched[0].shape[0] == 1:
-      return jax.tree.map(lambda x: x[None], sequential(*(x[0] for x in batched)))
-    return jax.lax.map(lambda single: sequential(*single), batched)
+  loop = in_a_loop(function)
 
   def call(*batched):
     return jax.lax.platform_dependent(*batched, cpu=loop, default=jax.vmap(function))

@@ -61,14 +61,22 @@ def _start(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> jax.
   batch, n, _ = basis.shape
   signs = np.random.default_rng(0).choice([-1.0, 1.0], n)
   probe = jnp.broadcast_to(jnp.asarray(signs, basis.dtype)[None, :, None], (batch, n, 1))
-  both = _unit(multiply(jnp.concatenate([basis[:, :, :1], probe], axis=-1)))
-  return _unit(both[:, :, :1] + 0.01 * both[:, :, 1:])
+  both = multiply(jnp.concatenate([basis[:, :, :1], probe], axis=-1))
+  # Norms, and that of the sum, from one small product: each by itself is more to compile.
+  products = jnp.einsum('bni,bnj->bij', both, both, precision='highest')
+  norms = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2))
+  share = jnp.array([1, 0.01], basis.dtype)[None] / jnp.where(norms > 0, norms, 1)
+  norm = jnp.sqrt(jnp.einsum('bi,bij,bj->b', share, products, share, precision='highest'))
+  share /= jnp.where(norm > 0, norm, 1)[:, None]
+  return both[:, :, :1] * share[:, None, :1] + both[:, :, 1:] * share[:, None, 1:]
 
 
 def follow(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> Leading:
   """σ_max two power iterations on from `basis`: a value to log, which may lag behind."""
   v = multiply(_start(multiply, basis))
-  return Leading(jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(v), axis=1))), _unit(v))
+  square = jnp.sum(jnp.square(v[:, :, 0]), axis=1)[:, None]
+  unit = v * jax.lax.rsqrt(jnp.where(square > 0, square, 1))[:, None]
+  return Leading(jnp.sqrt(jnp.sqrt(square)), unit)
 
 
 def converge(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> Leading:
@@ -103,9 +111,16 @@ def _ratio(energy: jax.Array, squares: jax.Array) -> jax.Array:
   return jnp.where(squares > 0, jnp.square(energy) / jnp.where(squares > 0, squares, 1), 0)
 
 
+def energy(gram: jax.Array) -> jax.Array:
+  """Σσ², the trace of (batch, n, n)."""
+  # As a stride through memory; a diagonal found by its indices is a pass over the matrix.
+  batch, n, _ = gram.shape
+  return jnp.sum(gram.reshape(batch, n * n)[:, :: n + 1], axis=-1)
+
+
 def participation_ratio(gram: jax.Array) -> jax.Array:
   """(Σσ²)² / Σσ⁴ of (batch, n, n), scale-free."""
-  return _ratio(jnp.trace(gram, axis1=-2, axis2=-1), jnp.sum(jnp.square(gram), axis=(-2, -1)))
+  return _ratio(energy(gram), jnp.sum(jnp.square(gram), axis=(-2, -1)))
 
 
 def participation_ratio_of_leading(matrix: jax.Array, leading: Leading) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from spectral_optax.solvers import _mixture
 from spectral_optax.solvers._fitting import Family, approximate
-from spectral_optax.solvers._inverse import weighted_inverses
+from spectral_optax.solvers._inverse import batched, eliminate, lapack, weighted_inverses
 from spectral_optax.solvers._problem import Problem, Solution
 
 FAMILY = Family(
@@ -50,16 +50,22 @@ def _inverses(
 ) -> jax.Array:
   """Σ weights (A + shift I)⁻¹: (batch, n, n), (batch, poles), (batch, poles) -> (batch, n, n)."""
 
-  def together(gram, weights, shift, precision='highest'):
+  def together(gram, weights, shift, pivot_of, precision='highest'):
     unit = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None, None]
     shifted = gram[:, None] + shift[:, :, None, None] * unit
-    return weighted_inverses(shifted, weights, shift / 2, precision)
+    return weighted_inverses(shifted, weights, shift / 2, pivot_of, precision)
 
   def one_by_one(*batch):  # What a CPU works on stays in its cache.
     if len(gram) == 1:
-      return together(*batch)
-    return jax.lax.map(lambda one: together(*(x[None] for x in one))[0], batch)
+      return together(*batch, pivot_of=lapack)
+    return jax.lax.map(lambda one: together(*(x[None] for x in one), pivot_of=lapack)[0], batch)
 
-  # On a TPU "high" is three passes in bfloat16, in place of six, and keeps sixteen bits.
-  fewer = {'tpu': functools.partial(together, precision='high')} if half else {}
-  return jax.lax.platform_dependent(gram, weights, shift, cpu=one_by_one, **fewer, default=together)
+  return jax.lax.platform_dependent(
+    gram,
+    weights,
+    shift,
+    cpu=one_by_one,
+    # On a TPU "high" is three passes in bfloat16, in place of six, and keeps sixteen bits.
+    tpu=functools.partial(together, pivot_of=eliminate, precision='high' if half else 'highest'),
+    default=functools.partial(together, pivot_of=batched),
+  )
