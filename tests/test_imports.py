@@ -12,6 +12,7 @@ ORDER = (
   'layout',
   'curvature',
   'exponents',
+  'sharding',
   'transform',
   'optimizer',
   '__init__',
