@@ -573,14 +573,18 @@ def solve_batches(
     None if update_rms is None else jnp.asarray(update_rms, dtype),
     [(none_if_known(b.alpha), none_if_known(b.damping), _everywhere(b.basis)) for b in batches],
   )
-  return jax.shard_map(
+  shared = jax.shard_map(
     spread,
     mesh=division.mesh,
     in_specs=(specs, PartitionSpec()),
     out_specs=(specs, PartitionSpec()),
     axis_names=set(division.sizes),
     check_vma=False,
-  )({path: leaves[path] for path in specs}, given)
+  )
+  xs = {path: leaves[path] for path in specs}
+  if not any(isinstance(x, jax.core.Tracer) for x in xs.values()):
+    shared = jax.jit(shared)  # Operation by operation, on every device, takes many times longer.
+  return shared(xs, given)
 
 
 def _to_leaf(x: jax.Array, view: layout.MatrixView, shape: tuple[int, ...]) -> jax.Array:

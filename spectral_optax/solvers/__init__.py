@@ -460,7 +460,7 @@ def _grams(
 
   def as_they_are(matrices):
     del matrices
-    return grams, jnp.ones_like(energy), jnp.ones(energy.shape, bool)
+    return grams, jnp.ones_like(energy), jnp.isfinite(energy)
 
   grams = split.total(jnp.concatenate([padded(_gram(matrix, half, split)) for matrix in matrices]))
   energy = jnp.trace(grams, axis1=-2, axis2=-1)
