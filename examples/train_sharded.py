@@ -151,8 +151,9 @@ class Checkpoints:
       ocp.StandardCheckpointer().metadata(self.folder / str(step) / 'default').item_metadata
     )
     of = lambda x: f'{np.dtype(x.dtype).name}{list(x.shape)}'
-    wrong = [f'{path} is missing from it' for path in wanted if path not in there]
-    wrong += [f'{path} is in it and not wanted' for path in there if path not in wanted]
+    missing = [f'{path} is missing from it' for path in wanted if path not in there]
+    stray = [f'{path} is in it and not wanted' for path in there if path not in wanted]
+    wrong = [x for both in itertools.zip_longest(missing, stray) for x in both if x is not None]
     wrong += [
       f'{path} is {of(there[path])} in it, and {of(x)} is wanted'
       for path, x in wanted.items()

@@ -236,17 +236,24 @@ class _Moved:
     self.x, self.labels = self.x.reshape(shape), list(labels)
     self.back.append(lambda y: y.reshape(old))
 
-  def fill(self, multiple: int, *, wrap: bool) -> None:
-    """Makes the first axis a multiple, with zeros, or with what is at its beginning."""
+  def fill(self, multiple: int) -> None:
+    """Makes the first axis a multiple, with zeros."""
     count = len(self.x)
-    full = -(-count // multiple) * multiple
-    if full == count:
+    if count % multiple:
+      pad = [(0, -count % multiple)] + [(0, 0)] * (self.x.ndim - 1)
+      self.x = jnp.pad(self.x, pad)
+      self.back.append(lambda y: y[:count])
+
+  def deal(self, devices: int, first: int) -> None:
+    """The first axis in the order in which `_dealt` gives it out."""
+    count = len(self.x)
+    order, once = _dealt(count, devices, first)
+    if np.array_equal(order, np.arange(count)):
       return
-    if wrap:  # A matrix of zeros would be looked at; this one is.
-      self.x = jnp.take(self.x, np.arange(full) % count, axis=0)
-    else:
-      self.x = jnp.pad(self.x, [(0, full - count)] + [(0, 0)] * (self.x.ndim - 1))
-    self.back.append(lambda y: y[:count])
+    self.x = jnp.take(self.x, order, axis=0)
+    undo = np.argsort(order[once])
+    undo = np.arange(len(order))[once][undo]
+    self.back.append(lambda y: jnp.take(y, undo, axis=0))
 
   def slice(self, axes: Axes, devices: int) -> None:
     """Of an axis that everybody has, everybody their own part; the first axis."""
@@ -275,7 +282,13 @@ class _Moved:
 
 
 def _assemble(
-  x: jax.Array, group: _Group, division: Division, deal: Axes, split: Axes, tall: bool
+  x: jax.Array,
+  group: _Group,
+  division: Division,
+  deal: Axes,
+  split: Axes,
+  tall: bool,
+  first: int,
 ) -> _Moved:
   """From (batch, rows..., columns...) in parts to whole matrices, fewer of them.
 
@@ -286,6 +299,7 @@ def _assemble(
     deal: Axes that the matrices are dealt over.
     split: Axes that the longer side is to be divided over; axes in neither are gathered.
     tall: Whether rows are the longer side.
+    first: The device that is dealt to first.
 
   Returns:
     (batch, rows, columns), or with `split` (batch, part of the longer side, smaller side).
@@ -312,11 +326,11 @@ def _assemble(
   dealt = tuple(n for n in deal if n not in group.batch_axes)
   everywhere = tuple(n for n in dealt if n not in where)
   if everywhere:
-    moved.fill(size(everywhere), wrap=True)
+    moved.deal(size(everywhere), first)
     moved.slice(everywhere, size(everywhere))
   apart = tuple(n for n in dealt if n in where)
   if apart:
-    moved.fill(size(apart), wrap=True)
+    moved.deal(size(apart), 0 if everywhere else first)
     moved.exchange(apart, size(apart))
     put(apart)
   rest = tuple(n for n in where if n not in deal and n not in split)
@@ -333,7 +347,7 @@ def _assemble(
     moved.reshape([-1, *shape], [_LONG, _BATCH, *others])
     here = tuple(n for n in split if n not in where)
     across = tuple(n for n in split if n in where and where[n][0] != long)
-    moved.fill(size(here + across), wrap=False)
+    moved.fill(size(here + across))
     if here:
       moved.slice(here, size(here))
     if across:
@@ -349,6 +363,20 @@ def _assemble(
   return moved
 
 
+def _dealt(count: int, devices: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+  """Which of `count` matrices go to which device, one round after another.
+
+  Returns:
+    Numbers, (devices · each,), device by device, the numbers of what fills up once more; and
+    whether each is there for the first time. What is left over for the last round goes to the
+    devices from `first` on.
+  """
+  each = -(-count // devices)
+  device, slot = np.divmod(np.arange(each * devices), each)
+  number = slot * devices + (device - first) % devices
+  return number % count, number < count
+
+
 def _own_numbers(ids: np.ndarray, view: layout.MatrixView, division: Division) -> jax.Array:
   """Which of a parameter's matrices this device has a part of."""
   own = jnp.asarray(ids)
@@ -361,10 +389,10 @@ def _own_numbers(ids: np.ndarray, view: layout.MatrixView, division: Division) -
 
 
 def _numbers(
-  ids: jax.Array, group: _Group, division: Division, deal: Axes
-) -> tuple[jax.Array, jax.Array]:
-  """Which matrices `_assemble` gives this device, and which of them are no repetitions."""
-  real = jnp.ones(ids.shape, bool)
+  ids: jax.Array, group: _Group, division: Division, deal: Axes, first: int
+) -> tuple[jax.Array, jax.Array, int]:
+  """Which matrices `_assemble` gives this device; which are no repetitions; how many at most."""
+  real, most = jnp.ones(ids.shape, bool), len(ids)
   dealt = tuple(n for n in deal if n not in group.batch_axes)
   placed = {n for axes in group.placed for n in axes}
   for axes in (
@@ -372,14 +400,13 @@ def _numbers(
     tuple(n for n in dealt if n in placed),
   ):
     if axes:
-      count, devices = len(ids), division.size(axes)
-      full = -(-count // devices) * devices
-      wrapped = np.arange(full) % count
-      mine = jax.lax.axis_index(axes)
-      ids = jnp.take(jnp.take(ids, wrapped).reshape(devices, -1), mine, axis=0)
-      real = jnp.take(real, wrapped) & jnp.asarray(np.arange(full) < count)
+      devices, mine = division.size(axes), jax.lax.axis_index(axes)
+      order, once = _dealt(len(ids), devices, first)
+      ids = jnp.take(jnp.take(ids, order).reshape(devices, -1), mine, axis=0)
+      real = jnp.take(real, order) & jnp.asarray(once)
       real = jnp.take(real.reshape(devices, -1), mine, axis=0)
-  return ids, real
+      first, most = 0, len(ids)
+  return ids, real, most
 
 
 # ---------------------------------------------------------------------------------
@@ -525,7 +552,8 @@ def solve_batches(
     for of, batch, (alpha, damping, basis) in zip(paths, batches, traced, strict=True):
       alpha = batch.alpha if alpha is None else alpha
       damping = batch.damping if damping is None else damping
-      pieces, shares, reals, groups = [], [], [], []
+      pieces, shares, reals, groups, first = [], [], [], [], 0
+      at_most: dict[int, int] = {}
       for group in _groups(division, {path: views[path] for path in of}):
         parts, numbers, counts = [], [], []
         for path in group.paths:
@@ -538,15 +566,32 @@ def solve_batches(
         view = views[group.paths[0]]
         together = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
         tall = view.rows > view.columns
-        moved = _assemble(together, group, division, deal, split, tall)
-        share, real = _numbers(jnp.concatenate(numbers), group, division, deal)
+        moved = _assemble(together, group, division, deal, split, tall, first)
+        share, real, most = _numbers(jnp.concatenate(numbers), group, division, deal, first)
+        # Where this leaves off, the next begins: all together, nobody has more than one more.
+        placed = {n for axes in group.placed for n in axes}
+        at_once = len({n in placed for n in deal}) == 1  # Else in two steps.
+        if group.batch_axes or not at_once:
+          at_most[id(group)] = most
+        else:
+          at_most[0] = at_most.get(0, 0) + len(together)
+          first = (first + len(together)) % division.size(deal)
         pieces.append(moved.x.astype(dtype))
         shares.append(share)
         reals.append(real)
         groups.append((group, moved, counts))
       share, real = jnp.concatenate(shares), jnp.concatenate(reals)
       local.append(
-        solvers.Batch(pieces, alpha, damping, jnp.take(basis, share, axis=0), share, split)
+        solvers.Batch(
+          pieces,
+          alpha,
+          damping,
+          jnp.take(basis, share, axis=0),
+          share,
+          split,
+          real,
+          sum(-(-n // division.size(deal)) if key == 0 else n for key, n in at_most.items()),
+        )
       )
       members.append((groups, share, real))
     solved = solvers.solve_batches(

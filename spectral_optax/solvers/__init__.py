@@ -227,6 +227,9 @@ class Batch(NamedTuple):
       this device has, (batch,) integers; those are then of all devices' matrices.
     split: Mesh axes that the longer sides are divided over; pieces are then
       (batch_i, longer / devices, small). For methods that look at GᵀG alone.
+    real: Which of this device's matrices are no repetitions of others, there to fill up,
+      (batch,) booleans; None for all.
+    most: How many are real on the device that has the most.
   """
 
   matrices: Sequence[jax.Array]
@@ -235,6 +238,8 @@ class Batch(NamedTuple):
   basis: jax.Array
   share: jax.Array | None = None
   split: tuple[str, ...] = ()
+  real: jax.Array | None = None
+  most: int = 0
 
   @property
   def small(self) -> int:
@@ -313,7 +318,7 @@ def _scaled(matrix: jax.Array, split: Split = WHOLE) -> tuple[jax.Array, jax.Arr
   """
   largest = jnp.max(jnp.abs(matrix), axis=(-2, -1))  # NaN, if one is there.
   finite = split.all(jnp.isfinite(largest))
-  largest = split.most(jnp.where(finite, largest, 0))
+  largest = split.largest(jnp.where(finite, largest, 0))
   c = jnp.where(largest > 0, largest, 1)
   scaled = jnp.where(finite[:, None, None], matrix, 0) / c[:, None, None]
   return scaled, c, finite
@@ -489,7 +494,12 @@ def _solve_grams(
   share = _joint_share(batches)
   # What `_unscale` makes of d is of a matrix, not of a place in `alpha`.
   split = Split.of(batches[0].split, len(side), may_deal=normalize is not None)
-  if split.dealt:
+  if not split.axes and normalize is not None and all(b.real is not None for b in batches):
+    most = sum(batch.most for batch in batches)
+    if most < len(side):
+      real = jnp.concatenate([batch.real for batch in batches if batch.real is not None])
+      split = split._replace(real=real, most=most)
+  if split.moved:
     share = split.mine(jnp.arange(len(side)) if share is None else share)
     side = split.mine(jnp.asarray(side))
   gram_matrix, c, finite = _grams(batches, n, half, split)

@@ -18,11 +18,26 @@ class Split(NamedTuple):
     axes: Mesh axes that the longer side is divided over.
     count: How many matrices there are, the same ones on every device along `axes`.
     dealt: Whether their Gram matrices are dealt over `axes`; if not, every device has all.
+    real: Without axes: which are no repetitions, (count,), of which there are at most `most`,
+      and only those are worked on.
+    most: See `real`.
   """
 
   axes: tuple[str, ...] = ()
   count: int = 0
   dealt: bool = False
+  real: jax.Array | None = None
+  most: int = 0
+
+  @property
+  def moved(self) -> bool:
+    """Whether what is worked on is another list than what there is."""
+    return self.dealt or self.real is not None
+
+  def _chosen(self, x: jax.Array) -> jax.Array:
+    assert self.real is not None
+    order = jnp.argsort(~self.real, stable=True)[: self.most]
+    return jnp.take(x, order, axis=0)
 
   @classmethod
   def of(cls, axes: tuple[str, ...], count: int, may_deal: bool = True) -> 'Split':
@@ -41,12 +56,16 @@ class Split(NamedTuple):
 
   def total(self, x: jax.Array) -> jax.Array:
     """The sum over devices of (count, ...): this device's part, or all."""
+    if self.real is not None:
+      return self._chosen(x)
     if self.dealt:
       return jax.lax.psum_scatter(self._wrapped(x), self.axes, scatter_dimension=0, tiled=True)
     return jax.lax.psum(x, self.axes) if self.axes else x
 
   def mine(self, x: jax.Array) -> jax.Array:
     """This device's part of (count, ...)."""
+    if self.real is not None:
+      return self._chosen(x)
     if not self.dealt:
       return x
     here = self._wrapped(x).reshape(self.devices, -1, *x.shape[1:])
@@ -54,13 +73,16 @@ class Split(NamedTuple):
 
   def everyones(self, x: jax.Array) -> jax.Array:
     """From every device's part back to (count, ...)."""
+    if self.real is not None:  # A repetition gets what nobody looks at.
+      place = jnp.clip(jnp.cumsum(self.real) - 1, 0, self.most - 1)
+      return jnp.take(x, place, axis=0)
     return jax.lax.all_gather(x, self.axes, tiled=True)[: self.count] if self.dealt else x
 
   def all(self, x: jax.Array) -> jax.Array:
     """Whether it is true on every device."""
     return jax.lax.pmin(x.astype(jnp.int32), self.axes) > 0 if self.axes else x
 
-  def most(self, x: jax.Array) -> jax.Array:
+  def largest(self, x: jax.Array) -> jax.Array:
     """The largest of any device."""
     return jax.lax.pmax(x, self.axes) if self.axes else x
 
