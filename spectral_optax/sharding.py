@@ -450,6 +450,11 @@ def choose_deal(
     id(group): sum(math.prod(views[path].batch_shape) for path in group.paths) for group in groups
   }
 
+  totals: dict[int, int] = {}
+  for group in groups:
+    small = min(views[group.paths[0]].rows, views[group.paths[0]].columns)
+    totals[small] = totals.get(small, 0) + counts[id(group)]
+
   def cost(deal: Axes) -> float:
     split = division.size(tuple(n for n in division.sizes if n not in deal))
     slots: dict[int, int] = {}
@@ -461,19 +466,26 @@ def choose_deal(
       slots[small] = slots.get(small, 0) + each
       flops += each * 4 * small**2 * long / split
       if deal:
-        numbers += 2 * each * small * long / split
+        numbers += 2 * each * small * long / split * (1 - 1 / division.size(deal))
     for small, count in slots.items():
-      shared = -(-count // split) if 2 * count >= split else count
-      flops += shared * USUAL_PRODUCTS * 2 * small**3
-      numbers += (2 * count * small**2) if split > 1 else 0
+      if split == 1:  # What only fills up is not worked on.
+        solved, summed = -(-totals[small] // division.size(deal)), 0
+      elif 2 * count >= split:  # As `solvers._split` has it: dealt, filled up; or left everywhere.
+        solved = -(-count // split)
+        summed = solved * split
+      else:
+        solved = summed = count
+      flops += solved * USUAL_PRODUCTS * 2 * small**3
+      numbers += 2 * summed * small**2 * (1 - 1 / split)
     return flops + FLOPS_A_BYTE * 4 * numbers
 
-  most = 2 * max(counts.values())
+  # One alone is in parts as it is: no device gets the whole of it.
+  alone = max(counts.values()) == 1
   candidates = [
     deal
     for size in range(len(division.work_axes), -1, -1)
     for deal in itertools.combinations(division.work_axes, size)
-    if division.size(deal) < most
+    if not (alone and deal)
   ]
   deal = min(candidates, key=cost)
   return deal, tuple(n for n in division.sizes if n not in deal)
