@@ -3,6 +3,7 @@
     pip install 'jax[tpu]'                                  # Its compiler; on any machine
     python benchmarks/pod_compile.py                        # v5e:4x4
     python benchmarks/pod_compile.py --topologies v5e:8x8 v5e:16x16
+    python benchmarks/pod_compile.py --mesh 8 2
     python benchmarks/pod_compile.py --contestants muon     # Of a name that has this in it
 
 A GPT-2 medium in Flax (24 scanned blocks, width 1024, rows of 1024 tokens, bfloat16 products,
@@ -260,11 +261,15 @@ def compiled_figures(function: Any, *arguments: Any, devices: int, out: Any, dum
   )
 
 
+def mesh_of(topology: str, args: argparse.Namespace) -> tuple[int, int]:
+  return tuple(args.mesh) if args.mesh else MESHES[topology]
+
+
 def measure(topology: str, args: argparse.Namespace, record: Any) -> Iterator[str]:
   """Fills the record; gives the name of what is new in it."""
   size = SIZES[args.size]
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  shape = MESHES[topology]
+  shape = mesh_of(topology, args)
   mesh = jax.sharding.Mesh(
     np.array(devices).reshape(shape), ('fsdp', 'tp'), axis_types=(AxisType.Auto,) * 2
   )
@@ -370,6 +375,7 @@ def main(argv: list[str] | None = None) -> Any:
   parser = argparse.ArgumentParser(description='What a pod of TPUs would run, without one.')
   add = parser.add_argument
   add('--topologies', nargs='+', default=['v5e:4x4'], choices=list(MESHES))
+  add('--mesh', type=int, nargs=2, metavar=('FSDP', 'TP'), help='default: by topology')
   add('--contestants', nargs='+', default=[], metavar='TEXT', help='substrings of their names')
   add('--size', default='gpt2-medium', choices=list(SIZES))
   add('--rows', type=int, default=1, help='of tokens a device of fsdp has')
@@ -390,7 +396,8 @@ def main(argv: list[str] | None = None) -> Any:
   content = json.loads(args.output.read_text('utf-8')) if args.output.is_file() else {}
   with _measure.no_compilation_cache():
     for topology in args.topologies:
-      key = f'{args.size}/{topology}/jax-{jax.__version__}'
+      fsdp, tp = mesh_of(topology, args)
+      key = f'{args.size}/{topology}/{fsdp}x{tp}/jax-{jax.__version__}'
       record = content.setdefault(key, {})  # Of earlier runs, other contestants.
       record |= {
         'environment': {**reporting.environment(), 'libtpu': importlib.metadata.version('libtpu')},

@@ -9,12 +9,14 @@
 Parameters are divided over the mesh (`fsdp` their rows, `tp` their columns), the batch over
 `fsdp`; so is what Spectral Newton does with them. A checkpoint is written every `--save-every`
 steps; whoever is started with its folder goes on from the last whole one, on whatever mesh. If a
-process dies, the others say so and end with an error within `--patience` seconds.
+process dies, the others say so and end with an error within `--patience` seconds (twice that, if it
+dies before the first step).
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -191,7 +193,7 @@ class Watch:
   """
 
   def __init__(self, patience: float, message: str):
-    self.patience, self.message, self.last = patience, message, time.monotonic()
+    self.patience, self.message, self.last = patience, message, math.inf
     threading.Thread(target=self._run, daemon=True).start()
 
   def alive(self) -> None:
@@ -242,7 +244,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
   if args.checkpoints:
     checkpoints = Checkpoints(args.checkpoints, args.save_every)
     first, state = checkpoints.restore(state)
-  # Until it is compiled, a step may take longer than a dead process is waited for.
+  # From the end of the first step on: compiling may take longer than the patience is.
   watch = Watch(args.patience, f'Has another process died? {resume_hint(args)}')
 
   def step(state, x, y):
@@ -331,7 +333,8 @@ def main(argv: list[str] | None = None) -> None:
       args.coordinator,
       args.processes,
       args.process,
-      heartbeat_timeout_seconds=max(10, int(args.patience)),
+      # JAX itself ends a process whose others have gone silent, with less to say: later.
+      heartbeat_timeout_seconds=2 * max(10, int(args.patience)),
       initialization_timeout=max(10, int(args.patience)),
     )
   try:

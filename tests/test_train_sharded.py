@@ -96,7 +96,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 def test_a_process_that_dies_ends_the_others(tmp_path):
   folder = tmp_path / 'checkpoints'
   flags = ('--steps', 10_000, '--save-every', 5, '--pause', 0.05, '--checkpoints', folder)
-  first, second = two_processes(*flags, patience=20)
+  first, second = two_processes(*flags, patience=12)
   try:
     wait_for(lambda: folder.exists() and len(whole_steps(folder)) > 1, first)
     second.kill()
