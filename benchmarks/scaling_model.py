@@ -28,7 +28,7 @@ KINDS = {'qkv': (1, 3), 'out': (1, 1), 'up': (1, 4), 'down': (4, 1)}
 # computed; and with G one for the Gram matrix and two (sixteen bits of f) for the update.
 F_PRODUCTS = 10.5
 G_PRODUCTS = 3
-MESHES = ((4, 4), (8, 4), (16, 4), (32, 4), (32, 8), (128, 8), (512, 16))
+MESHES = ((4, 4), (8, 2), (8, 4), (16, 4), (32, 4), (32, 8), (128, 8), (512, 16))
 
 
 def predict(fsdp: int, tp: int) -> dict[str, float]:
