@@ -119,7 +119,7 @@ class Gpt(nn.Module):
 
 
 def loss_of(network: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
-  logits = network.apply(params, tokens[:, :-1]).astype(jnp.float32)
+  logits = jnp.asarray(network.apply(params, tokens[:, :-1]), jnp.float32)
   return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
@@ -191,11 +191,14 @@ def flops_of_products(hlo: str) -> int:
   def product(line: str, shapes: dict[str, list[int]]) -> int:
     found = DEFINED.match(line)
     result = math.prod(dims(found[3])) if found else 0
-    inside = line[CONVOLUTION.search(line).end() :]
+    at = CONVOLUTION.search(line)
+    assert at is not None
+    inside = line[at.end() :]
     lhs, rhs = (shapes.get(name, []) for name in OPERANDS.findall(inside)[:2])
     if contracting := CONTRACTING.search(line):
       return 2 * result * math.prod(lhs[i] for i in dims(contracting[1]))
     labels = LABELS.search(line)
+    assert labels is not None
     # Every number of the result is a sum over the kernel but for its output features. A batch
     # of products is a convolution with a window over the batch that hits one at a time.
     kernel = [n for label, n in zip(labels[2], rhs, strict=True) if label == 'i']
@@ -246,7 +249,7 @@ def compiled_figures(function: Any, *arguments: Any, devices: int, out: Any, dum
   start = time.perf_counter()
   compiled = jax.jit(function, out_shardings=out).lower(*arguments).compile()
   seconds = time.perf_counter() - start
-  hlo, memory = compiled.as_text(), compiled.memory_analysis()
+  hlo, memory = compiled.as_text() or '', compiled.memory_analysis()
   if dump is not None:
     dump.write_text(hlo)
   cost = compiled.cost_analysis() or {}

@@ -63,7 +63,7 @@ def measure(count: int, args: argparse.Namespace) -> dict[str, Any]:
       jax.block_until_ready(compiled(grads, after))
       seconds.append(time.perf_counter() - start)
   of_one = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-  hlo = compiled.as_text()
+  hlo = compiled.as_text() or ''
   return {
     'devices': count,
     'flops': flops_of_products(hlo),

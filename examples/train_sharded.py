@@ -74,7 +74,10 @@ def make_network(
   """From a key to parameters, and from parameters and inputs to logits."""
   if api == 'linen':
     network = LinenNetwork()
-    return lambda key: network.init(key, jnp.zeros((1, INPUTS))), network.apply
+    return (
+      lambda key: network.init(key, jnp.zeros((1, INPUTS))),
+      lambda params, x: jnp.asarray(network.apply(params, x)),
+    )
   build = lambda key: nnx.split(NnxNetwork(rngs=nnx.Rngs(key)))
   graph, _ = nnx.split(nnx.eval_shape(lambda: NnxNetwork(rngs=nnx.Rngs(0))))
   return (
@@ -149,9 +152,9 @@ class Checkpoints:
     if step is None:
       return 0, like
     wanted = flat(like)
-    there = dict(
-      ocp.StandardCheckpointer().metadata(self.folder / str(step) / 'default').item_metadata
-    )
+    folder = self.folder / str(step) / 'default'
+    there: dict[str, Any] = ocp.StandardCheckpointer().metadata(folder).item_metadata  # pyright: ignore
+    there = {path: there[path] for path in there}
     of = lambda x: f'{np.dtype(x.dtype).name}{list(x.shape)}'
     missing = [f'{path} is missing from it' for path in wanted if path not in there]
     stray = [f'{path} is in it and not wanted' for path in there if path not in wanted]

@@ -24,7 +24,7 @@ class Split(NamedTuple):
   """
 
   axes: tuple[str, ...] = ()
-  count: int = 0
+  count: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
   dealt: bool = False
   real: jax.Array | None = None
   most: int = 0
