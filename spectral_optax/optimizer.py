@@ -1,7 +1,7 @@
 """`spectral_newton`: the drop-in optimizer. Composition only."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,9 @@ def spectral_newton(
   adam_b2: float | jax.Array = 0.999,
   adam_eps: float | jax.Array = 1e-8,
   adam_weight_decay: optax.ScalarOrSchedule = 0.0,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+  work_axes: str | Sequence[str] | None = None,
+  shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Spectral Newton: each layer's momentum through the map that its curvature wants.
 
@@ -90,6 +93,17 @@ def spectral_newton(
     adam_b2: AdamW's.
     adam_eps: AdamW's.
     adam_weight_decay: AdamW's.
+    mesh: The devices that share the work; None (default) for the mesh that the gradients
+      are on, or that of `jax.set_mesh`. On one device, and where JAX knows of no mesh,
+      everything is solved where it is.
+    work_axes: Names of the mesh axes that matrices are dealt over, each device its share;
+      None (default) for all that are not manual, () to leave everything to XLA. Inside
+      `jax.shard_map` every device's block is a matrix of its own.
+    shardings: How the parameters lie on the mesh: a tree (a prefix, a flat dict by path, a
+      callable giving one) of `NamedSharding` or `PartitionSpec`; None where it is not known.
+      Read from the gradients outside of `jit` and where axes are explicit. Under `jit` with
+      automatic axes only the compiler knows: there, what is not said here is gathered whole
+      before the work is dealt, and so are its updates.
 
   Returns:
     A `GradientTransformationExtraArgs`. In its state,
@@ -111,7 +125,7 @@ def spectral_newton(
   if adam_learning_rate is None:
     adam_learning_rate = learning_rate
 
-  def parts(dimension_numbers, alphas, dampings, labels):
+  def parts(dimension_numbers, alphas, dampings, labels, places):
     matrix = optax.chain(
       transform.scale_by_spectral_newton(
         alphas,
@@ -125,6 +139,9 @@ def spectral_newton(
         rank=rank,
         update_rms=update_rms,
         weight_dimension_numbers=dimension_numbers,
+        mesh=mesh,
+        work_axes=work_axes,
+        shardings=places,
       ),
       optax.add_decayed_weights(weight_decay, weight_decay_mask),
       optax.scale_by_learning_rate(learning_rate),
@@ -161,10 +178,11 @@ def spectral_newton(
     alphas = {path: a for path, (a, _) in values.items()}
     if isinstance(alpha, measured.MeasuredAlpha):
       alphas = dataclasses.replace(alpha, fallback=alphas)
-    return parts(numbers, alphas, {path: d for path, (_, d) in values.items()}, labels)
+    dampings = {path: d for path, (_, d) in values.items()}
+    return parts(numbers, alphas, dampings, labels, transform.placements(shardings, params))
 
   # What can be checked without parameters is, here and now.
-  parts(None, alpha, damping, 'adam')
+  parts(None, alpha, damping, 'adam', None)
 
   def init_fn(params):
     return for_params(params).init(params)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spectral_optax import exponents, layout, measured, solvers
+from spectral_optax import exponents, layout, measured, sharding, solvers
 
 # ---------------------------------------------------------------------------------
 # Momentum
@@ -158,6 +158,16 @@ def _sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, sharding.spec)
 
 
+def placements(shardings: Any, params: Any) -> dict[str, Any] | None:
+  """The argument `shardings` of `spectral_newton`, by path."""
+  if shardings is None:
+    return None
+  tree = shardings(params) if layout.is_function(shardings) else shardings
+  kinds = jax.sharding.PartitionSpec | jax.sharding.Sharding | None
+  entries = layout.leaves_by_path(tree, is_leaf=lambda x: isinstance(x, kinds))
+  return layout.match_prefix(entries, params, 'shardings')
+
+
 # From this many numbers on a parameter is not stacked with others of its shape: a large
 # product gains nothing from company, and the stack is one more copy.
 ALONE = 2**17
@@ -196,6 +206,9 @@ def scale_by_spectral_transfer(
   rank: int | None = None,
   update_rms: float | jax.Array | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
+  mesh: Any = None,
+  work_axes: str | Sequence[str] | None = None,
+  shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Replaces every matrix U Σ Vᵀ by U T(Σ) Vᵀ, T(σ) = σ / (σ^α + d).
 
@@ -213,6 +226,9 @@ def scale_by_spectral_transfer(
     update_rms: As `scale_to_rms` after it would do, and cheaper; None (default) leaves
       the size that T gives.
     weight_dimension_numbers: See `spectral_newton`.
+    mesh: See `spectral_newton`.
+    work_axes: See `spectral_newton`.
+    shardings: See `spectral_newton`.
 
   Returns:
     A `GradientTransformationExtraArgs` with state `SpectralTransferState`.
@@ -226,6 +242,7 @@ def scale_by_spectral_transfer(
   tolerance = solvers.DEFAULT_TOLERANCE if tolerance is None else tolerance
   measures = isinstance(alpha, measured.MeasuredAlpha)
   solvers.check_solver(solver, normalize, tolerance, rank)
+  sharding.check(mesh, work_axes)
   if not isinstance(alpha, str) and _is_number(alpha):
     solvers.check_hyperparams(solver, alpha, 0.0)
   if _is_number(damping):
@@ -295,6 +312,9 @@ def scale_by_spectral_transfer(
       found = measured.alphas(alpha, measurement, fallback)
       values = {path: (found[path], values[path][1]) for path in values}
     leaves = layout.leaves_by_path(updates)
+    division = sharding.divide(
+      leaves, views, mesh=mesh, work_axes=work_axes, shardings=placements(shardings, updates)
+    )
     kept = list(views)
     number = {path: math.prod(view.batch_shape) for path, view in views.items()}
 
@@ -320,8 +340,10 @@ def scale_by_spectral_transfer(
     for (name, small, fixed), pieces in grouped.items():
       matrices, given = [], {'alpha': [], 'damping': []}
       for paths in pieces.values():
-        parts = [views[path].to_matrices(_replicated(leaves[path]).astype(name)) for path in paths]
-        matrices.append(jnp.concatenate(parts) if len(parts) > 1 else parts[0])
+        if division is None:
+          whole = [_replicated(leaves[path]).astype(name) for path in paths]
+          parts = [views[path].to_matrices(x) for path, x in zip(paths, whole, strict=True)]
+          matrices.append(jnp.concatenate(parts) if len(parts) > 1 else parts[0])
         for path in paths:
           for of, value in zip(given, exponents.at(*values[path], state.count), strict=True):
             given[of].append(
@@ -341,14 +363,23 @@ def scale_by_spectral_transfer(
 
     new = dict(leaves)
     spectra: dict[str, list[jax.Array]] = {name: [] for name in solvers.Spectrum._fields}
+    how: dict[str, Any] = {
+      'normalize': normalize,
+      'solver': solver,
+      'tolerance': tolerance,
+      'choose_rank': rank is None,
+    }
     for name, of_dtype in batches.items():
-      solved = solvers.solve_batches(
-        of_dtype,
-        normalize=normalize,
-        solver=solver,
-        tolerance=tolerance,
-        choose_rank=rank is None,
-      )
+      if division is not None:
+        flat = [list(itertools.chain(*pieces)) for pieces in members[name]]
+        solved, found = sharding.solve_batches(
+          division, of_dtype, flat, leaves, views, update_rms=update_rms, **how
+        )
+        new |= solved
+        for spectrum, (of, at) in itertools.product(found, enumerate(spectra)):
+          spectra[at].append(spectrum[of].reshape(-1).astype(flat_basis.dtype))
+        continue
+      solved = solvers.solve_batches(of_dtype, **how)
       for pieces, (results, spectrum) in zip(members[name], solved, strict=True):
         for paths, matrices in zip(pieces, results, strict=True):
           if update_rms is not None:
@@ -450,6 +481,9 @@ def scale_by_spectral_newton(
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
+  mesh: Any = None,
+  work_axes: str | Sequence[str] | None = None,
+  shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Momentum, spectral transfer and update size: Spectral Newton without the rest.
 
@@ -469,6 +503,9 @@ def scale_by_spectral_newton(
     rank: See `apply_transfer`.
     update_rms: See `scale_to_rms`; None to leave the size that T gives.
     weight_dimension_numbers: See `spectral_newton`.
+    mesh: See `spectral_newton`.
+    work_axes: See `spectral_newton`.
+    shardings: See `spectral_newton`.
 
   Returns:
     A `GradientTransformationExtraArgs`; its state is the tuple of its parts' states.
@@ -488,6 +525,9 @@ def scale_by_spectral_newton(
         rank=rank,
         update_rms=update_rms,
         weight_dimension_numbers=weight_dimension_numbers,
+        mesh=mesh,
+        work_axes=work_axes,
+        shardings=shardings,
       ),
     )
   )

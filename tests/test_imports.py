@@ -13,6 +13,7 @@ ORDER = (
   'curvature',
   'measured',
   'exponents',
+  'sharding',
   'transform',
   'optimizer',
   '__init__',

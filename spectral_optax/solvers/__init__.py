@@ -43,6 +43,7 @@ from spectral_optax.solvers._spectrum import (
   participation_ratio,
   participation_ratio_of_leading,
 )
+from spectral_optax.solvers._split import WHOLE, Split
 
 
 class Method(NamedTuple):
@@ -223,12 +224,23 @@ class Batch(NamedTuple):
     damping: (batch,), likewise.
     basis: (batch, small, r), where the iteration for leading singular vectors starts.
       Zeros for a cold start.
+    share: Inside `jax.shard_map`, which of `alpha` and `damping` go with the matrices that
+      this device has, (batch,) integers; those are then of all devices' matrices.
+    split: Mesh axes that the longer sides are divided over; pieces are then
+      (batch_i, longer / devices, small). For methods that look at GᵀG alone.
+    real: Which of this device's matrices are no repetitions of others, there to fill up,
+      (batch,) booleans; None for all.
+    most: How many are real on the device that has the most.
   """
 
   matrices: Sequence[jax.Array]
   alpha: np.ndarray | jax.Array
   damping: np.ndarray | jax.Array
   basis: jax.Array
+  share: jax.Array | None = None
+  split: tuple[str, ...] = ()
+  real: jax.Array | None = None
+  most: int = 0
 
   @property
   def small(self) -> int:
@@ -236,14 +248,14 @@ class Batch(NamedTuple):
     return self.basis.shape[1]
 
 
-def _is_wide(matrix: jax.Array) -> bool:
+def _is_wide(matrix: jax.Array, split: Split = WHOLE) -> bool:
   """Whether the small Gram matrix is G Gᵀ; a square one's is quicker to compute so."""
-  return matrix.shape[-2] <= matrix.shape[-1]
+  return not split.axes and matrix.shape[-2] <= matrix.shape[-1]
 
 
-def _gram(matrix: jax.Array, half: bool = False) -> jax.Array:
+def _gram(matrix: jax.Array, half: bool = False, split: Split = WHOLE) -> jax.Array:
   """GᵀG or G Gᵀ, of the smaller side; `half`: of G rounded to bfloat16, off a CPU."""
-  equation = 'bij,bkj->bik' if _is_wide(matrix) else 'bji,bjk->bik'
+  equation = 'bij,bkj->bik' if _is_wide(matrix, split) else 'bji,bjk->bik'
   multiply = functools.partial(jnp.einsum, equation, preferred_element_type=matrix.dtype)
   exact = lambda x: multiply(x, x, precision='highest')
   if not half:
@@ -256,11 +268,12 @@ def _gram(matrix: jax.Array, half: bool = False) -> jax.Array:
   return jax.lax.platform_dependent(matrix, cpu=exact, default=rounded)
 
 
-def _apply(matrix: jax.Array, f: jax.Array, half: bool = False) -> jax.Array:
+def _apply(matrix: jax.Array, f: jax.Array, half: bool = False, split: Split = WHOLE) -> jax.Array:
   """G f(GᵀG), or f(G Gᵀ) G; `half`: of G rounded to bfloat16, off a CPU."""
+  wide = _is_wide(matrix, split)
 
   def multiply(matrix, f, **how):
-    left, right = (f, matrix) if _is_wide(matrix) else (matrix, f)
+    left, right = (f, matrix) if wide else (matrix, f)
     return jnp.matmul(left, right, **how)
 
   exact = functools.partial(multiply, precision='highest')
@@ -298,15 +311,16 @@ def half_precision_will_do(
   return bool(np.all(np.asarray(damping) ** (1 / alpha) * tolerance >= BFLOAT16_MOVES))
 
 
-def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _scaled(matrix: jax.Array, split: Split = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(G / c, c, finite) with entries up to 1; c (batch,), one for a zero matrix.
 
   Squares of entries of size 1e±30 would leave float32. A matrix that is not finite is
   zero from here on: not every LAPACK comes back from a NaN.
   """
   largest = jnp.max(jnp.abs(matrix), axis=(-2, -1))  # NaN, if one is there.
-  finite = jnp.isfinite(largest)
-  c = jnp.where(finite & (largest > 0), largest, 1)
+  finite = split.all(jnp.isfinite(largest))
+  largest = split.largest(jnp.where(finite, largest, 0))
+  c = jnp.where(largest > 0, largest, 1)
   scaled = jnp.where(finite[:, None, None], matrix, 0) / c[:, None, None]
   return scaled, c, finite
 
@@ -400,11 +414,13 @@ def _solve_pieces(
     by_shape.setdefault(tuple(sorted(matrix.shape[1:])), []).append(i)
   updates: list[jax.Array] = [*batch.matrices]
   spectra = []
+  take = lambda x: x if batch.share is None else jnp.asarray(x, batch.basis.dtype)[batch.share]
+  alpha, damping = take(batch.alpha), take(batch.damping)
   for of in by_shape.values():
     wide = {i: updates[i].shape[-2] < updates[i].shape[-1] for i in of}
     tall = [transpose(updates[i]) if wide[i] else updates[i] for i in of]
     here = np.concatenate([numbers[i] for i in of])
-    piece = _Piece(jnp.concatenate(tall), batch.alpha[here], batch.damping[here], batch.basis[here])
+    piece = _Piece(jnp.concatenate(tall), alpha[here], damping[here], batch.basis[here])
     solved, spectrum = _solve_matrices(piece, method, normalize, tolerance, choose_rank)
     spectra.append(spectrum)
     parts = jnp.split(solved, np.cumsum([lengths[i] for i in of])[:-1])
@@ -422,7 +438,7 @@ SAFE = 1e-14, 1e14
 
 
 def _grams(
-  batches: Sequence[Batch], n: int, half: bool
+  batches: Sequence[Batch], n: int, half: bool, split: Split
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Gram matrices of all G / c, padded with zeros to n; their traces; c; which G are finite.
 
@@ -434,27 +450,28 @@ def _grams(
   def together(matrices):
     grams = []
     for matrix in matrices:
-      gram = _gram(matrix, half)
+      gram = _gram(matrix, half, split)
       pad = (0, n - gram.shape[-1])
       grams.append(jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram)
-    return jnp.concatenate(grams)
+    return split.total(jnp.concatenate(grams))
 
   def with_scales(matrices):
     # This is compiled always, and hardly ever runs: products are quick to compile, so that
     # G times a matrix scales it. A power of two changes no digit.
-    scaled, scales, finites = [], [], []
+    largest = jnp.concatenate([jnp.max(jnp.abs(m), axis=(-2, -1)) for m in matrices])
+    finite = split.all(jnp.isfinite(largest))  # NaN, if one is there.
+    largest = split.largest(jnp.where(finite, largest, 0))
+    scale = jnp.exp2(jnp.floor(jnp.log2(jnp.where(largest > 0, largest, 1))))
+    scaled, start = [], 0
     for matrix in matrices:
-      largest = jnp.max(jnp.abs(matrix), axis=(-2, -1))  # NaN, if one is there.
-      finite = jnp.isfinite(largest)
-      scale = jnp.exp2(jnp.floor(jnp.log2(jnp.where(finite & (largest > 0), largest, 1))))
-      short = min(matrix.shape[-2:])
-      unit = jnp.eye(short, dtype=matrix.dtype)[None] / scale[:, None, None]
-      scaled.append(_apply(matrix, unit))
-      scales.append(scale)
-      finites.append(finite)
-    finite = jnp.concatenate(finites)
+      end = start + len(matrix)
+      short = matrix.shape[-2 if _is_wide(matrix, split) else -1]
+      unit = jnp.eye(short, dtype=matrix.dtype)[None] / scale[start:end, None, None]
+      scaled.append(_apply(matrix, unit, split=split))
+      start = end
+    scale, finite = split.mine(scale), split.mine(finite)
     grams = jnp.where(finite[:, None, None], together(scaled), 0)
-    return grams, energy(grams), jnp.concatenate(scales), finite
+    return grams, energy(grams), scale, finite
 
   def as_they_are(matrices):
     del matrices
@@ -462,7 +479,8 @@ def _grams(
 
   grams = together(matrices)
   sums = energy(grams)
-  safe = jnp.all((sums > SAFE[0]) & (sums < SAFE[1]))  # False for a NaN.
+  # False for a NaN. All devices take the same branch: there are sums over them in it.
+  safe = split.all(jnp.all((sums > SAFE[0]) & (sums < SAFE[1])))
   return jax.lax.cond(safe, as_they_are, with_scales, matrices)
 
 
@@ -480,10 +498,23 @@ def _solve_grams(
   half = batches[0].basis.dtype == jnp.float32 and half_precision_will_do(
     alpha, damping, normalize, tolerance
   )
-  gram_matrix, sums, c, finite = _grams(batches, n, half)
+  # Of all devices, and of those matrices that this one has.
+  sides = np.concatenate([np.full(len(batch.alpha), batch.small) for batch in batches])
   side = np.concatenate([np.full(len(batch.basis), batch.small) for batch in batches])
+  share = _joint_share(batches)
+  # What `_unscale` makes of d is of a matrix, not of a place in `alpha`.
+  split = Split.of(batches[0].split, len(side), may_deal=normalize is not None)
+  if not split.axes and normalize is not None and all(b.real is not None for b in batches):
+    most = sum(batch.most for batch in batches)
+    if most < len(side):
+      real = jnp.concatenate([batch.real for batch in batches if batch.real is not None])
+      split = split._replace(real=real, most=most)
+  if split.moved:
+    share = split.mine(jnp.arange(len(side)) if share is None else share)
+    side = split.mine(jnp.asarray(side))
+  gram_matrix, sums, c, finite = _grams(batches, n, half, split)
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))
-  basis = jnp.concatenate([pad(batch.basis) for batch in batches])
+  basis = split.mine(jnp.concatenate([pad(batch.basis) for batch in batches]))
 
   leading = None
   if normalize == 'spectral':
@@ -493,6 +524,9 @@ def _solve_grams(
     size = _size(sums, normalize, jnp.asarray(side, sums.dtype))
   gain = 1 / (c * size)
   if normalize is None:
+    if share is not None:
+      alpha, damping = (jnp.asarray(x, c.dtype)[share] for x in (alpha, damping))
+      share, sides = None, side
     damping, power = _unscale(alpha, damping, c * size)
     gain *= power
   problem = Problem(
@@ -500,12 +534,13 @@ def _solve_grams(
     gram=gram_matrix,
     alpha=alpha,
     damping=damping,
-    largest=np.array([largest_square(normalize, int(s)) for s in side]),
+    largest=np.array([largest_square(normalize, int(s)) for s in sides]),
     tolerance=tolerance,
     basis=basis,
     unit=jnp.square(size),
     gain=jnp.where(finite, gain, jnp.nan),
     half=half,
+    share=share,
   )
   f, error, _ = method.solve(problem)
   ratio = participation_ratio(gram_matrix)
@@ -513,17 +548,28 @@ def _solve_grams(
     leading = follow(multiply_gram(gram_matrix), basis)
   sigma_max = jnp.where(ratio > 0, c * leading.sigma[:, 0], 0)
   whole = _reported(finite, ratio, sigma_max, error, leading.basis)
+  f, whole = split.everyones(f), Spectrum(*map(split.everyones, whole))
   results, start = [], 0
   for batch in batches:
     part = slice(start, start + len(batch.basis))
     updates = []
     for matrix in batch.matrices:
       end = start + len(matrix)
-      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small], half))
+      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small], half, split))
       start = end
     spectrum = Spectrum(*(x[part] for x in whole))
     results.append((updates, spectrum._replace(basis=spectrum.basis[:, : batch.small])))
   return results
+
+
+def _joint_share(batches: Sequence[Batch]) -> jax.Array | None:
+  """`Batch.share` for the alphas of all batches, one after another."""
+  shares, start = [], 0
+  for batch in batches:
+    if batch.share is not None:
+      shares.append(start + batch.share)
+    start += len(batch.alpha)
+  return jnp.concatenate(shares) if shares else None
 
 
 def _joined(sides: Mapping[int, int]) -> dict[int, int]:
@@ -584,7 +630,7 @@ def solve_batches(
   for (name, _), places in of_gram.items():
     counts: dict[int, int] = {}
     for i in places:
-      counts[batches[i].small] = counts.get(batches[i].small, 0) + len(batches[i].basis)
+      counts[batches[i].small] = counts.get(batches[i].small, 0) + len(batches[i].alpha)
     to = _joined(counts)
     for size in sorted(set(to.values())):
       here = [i for i in places if to[batches[i].small] == size]

@@ -1,8 +1,9 @@
 """What every solver takes and gives."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Relative error of T from which on products with G may be in bfloat16, off a CPU.
@@ -26,6 +27,8 @@ class Problem(NamedTuple):
     damping: d, likewise.
     largest: The largest σ² that the normalisation allows, (batch,).
     tolerance: Relative error of T that a method which approximates it may make.
+    share: Which of `alpha`, `damping` and `largest` go with the matrices, (batch,) integers;
+      None for all, in order.
     basis: (batch, n, r): where an iteration for the leading right singular vectors
       starts. Columns of zeros for none.
   """
@@ -41,6 +44,12 @@ class Problem(NamedTuple):
   gain: jax.Array | float = 1.0
   half: bool = False
   choose_rank: bool = False
+  share: jax.Array | None = None
+
+  def take(self, x: Any) -> jax.Array:
+    """From one for each α to one for each matrix."""
+    x = jnp.asarray(x, self.basis.dtype)
+    return x if self.share is None else x[self.share]
 
 
 class Leading(NamedTuple):

@@ -112,7 +112,7 @@ def solve(problem: Problem) -> Solution:
   gram = problem.gram
   assert gram is not None
   expansion, log_turn = approximate(FAMILY, problem)
-  to = functools.partial(jnp.asarray, dtype=gram.dtype)
+  to = problem.take
   r, weights = to(expansion.rate), to(expansion.weights)
   # Rounding makes eigenvalues of GᵀG negative, where the map runs away: none is left so.
   floor = 4 * jnp.finfo(gram.dtype).eps * jnp.sqrt(jnp.sum(jnp.square(gram), axis=(-2, -1)))

@@ -27,7 +27,7 @@ def solve(problem: Problem) -> Solution:
   assert gram is not None
   dtype, n = gram.dtype, gram.shape[-1]
   mixture, log_turn = approximate(FAMILY, problem)
-  to = lambda x: jnp.asarray(x, dtype)
+  to = problem.take
   # In units of `gram`, so that the large matrix stays as it is.
   turn = jnp.exp(to(log_turn)) * problem.unit
   # f in units of λ*^(-α/2).
