@@ -583,7 +583,7 @@ def _overview(rows: list[Row]) -> Figure:
 
   grid = np.linspace(1.15, max(3.0, ends[1]), 200)
   spread_of.plot(grid, np.asarray(participation_bound(grid, 1.0)), color='black', linewidth=1)
-  spread_of.set_ylim(0.9, 6)
+  spread_of.set_ylim(0.9, 1.1 * max([6.0, *(row['participation_h'] for row in fitted)]))
   spread_of.set_xlabel('αγ')
   spread_of.set_ylabel('participation ratio of h')
   spread_of.set_title('Below ζ(αγ)² / ζ(2αγ); hollow: some h negative', loc='left')

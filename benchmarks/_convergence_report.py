@@ -229,7 +229,25 @@ def markdown(content: Mapping[str, Any]) -> str:
       parts.append(paths_table(task) + '\n')
     if maps or paths:
       parts.append(references_line(task))
+    if task.get('momenta'):
+      parts.append(
+        '\nMomentum: validation loss at the best learning rate (and that rate), same seeds:\n'
+      )
+      parts.append(momenta_table(task['momenta']) + '\n')
   return '\n'.join(parts)
+
+
+def momenta_table(momenta: Mapping[str, Mapping[str, Any]]) -> str:
+  """A row for each optimizer, a column for each momentum."""
+  names = list(dict.fromkeys(name for of in momenta.values() for name in of))
+  lines = ['| | ' + ' | '.join(momenta) + ' |', '| --- |' + ' ---: |' * len(momenta)]
+  for name in names:
+    cells = [
+      f'{np.mean(_losses(of[name])):.4f} ({of[name]["rate"]:g})' if name in of else ''
+      for of in momenta.values()
+    ]
+    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
 
 
 # ---------------------------------------------------------------------------------

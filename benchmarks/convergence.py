@@ -327,6 +327,23 @@ def path_lanes(args: argparse.Namespace) -> list[Lane]:
   ]
 
 
+def momentum_lanes(args: argparse.Namespace) -> dict[str, list[Lane]]:
+  """By program: the cells of the map, and Muon, at other momenta."""
+  usual = _contestants.PER_LANE['momentum']
+  lanes: dict[str, list[Lane]] = {'spectral_newton': [], 'muon': []}
+  for momentum in args.momenta:
+    own = None if momentum == usual else momentum
+    for rate, seed in itertools.product(args.rates, args.map_seeds):
+      lanes['muon'].append(
+        {'seed': seed, 'rate': rate} | ({} if own is None else {'momentum': own})
+      )
+      lanes['spectral_newton'] += [
+        _contestants.map_lane(*cell, rate, seed, momentum=own)
+        for cell in itertools.product(args.alphas, args.turns)
+      ]
+  return lanes
+
+
 REFERENCES = ('muon', 'adamw')  # Beside a map: same rates, same seeds.
 FIRST = ('spectral_newton', *REFERENCES)  # Of all tasks, before other programs.
 MAP_SEEDS_FROM = 200
@@ -349,6 +366,8 @@ def wanted(
     add('spectral_newton', 'map', map_lanes(args))
   if args.schedules:
     add('spectral_newton', 'schedules', path_lanes(args))
+  for program, lanes in momentum_lanes(args).items() if args.momenta else ():
+    add(program, 'momenta', lanes)
   if args.map or args.schedules:
     for program in REFERENCES:
       add(program, 'reference', reference_lanes(args))
@@ -475,10 +494,32 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
     by_rate: dict[float, dict[int, float]] = {}
     for record in apart(program):
       lane = record['lane']
-      by_rate.setdefault(lane['rate'], {})[lane['seed']] = _number(record['validation_loss'])
+      if 'momentum' not in lane:
+        by_rate.setdefault(lane['rate'], {})[lane['seed']] = _number(record['validation_loss'])
     if by_rate:
       found['references'][program] = best_rate(by_rate)
+  found['momenta'] = momenta(apart('muon'), found['cells'])
   return found
+
+
+def momenta(muon: Iterable[Record], cells: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """By momentum, Muon at its best rate and the cells that were run at other momenta too."""
+  usual = _contestants.PER_LANE['momentum']
+  of_muon: dict[float, dict[float, dict[int, float]]] = {}
+  for record in muon:
+    lane = record['lane']
+    losses = of_muon.setdefault(lane.get('momentum', usual), {}).setdefault(lane['rate'], {})
+    losses[lane['seed']] = _number(record['validation_loss'])
+  found: dict[str, dict[str, Any]] = {
+    f'{momentum:g}': {'Muon': best_rate(losses)} for momentum, losses in of_muon.items()
+  }
+  constant = [cell for cell in cells if cell['alpha'] == cell['alpha_end']]
+  elsewhere = {(c['alpha'], c['turn']) for c in constant if c['momentum'] != usual}
+  for cell in constant:
+    if (cell['alpha'], cell['turn']) in elsewhere:
+      name = f'α = {cell["alpha"]:g}, σ* = {cell["turn"]:g}'
+      found.setdefault(f'{cell["momentum"]:g}', {})[name] = cell
+  return dict(sorted(found.items())) if len(found) > 1 else {}
 
 
 def best_rate(losses: dict[float, dict[int, float]]) -> dict[str, Any]:
@@ -513,6 +554,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(f'--{name}', type=float, nargs='+', default=default, help='of the map')
   add('--map-seeds', type=int, nargs='+', default=list(_contestants.MAP_SEEDS))
   add('--momentum', type=float, help='of the map')
+  add('--momenta', type=float, nargs='+', help='to run cells of the map and Muon at')
   add('--batch-size', type=int, help="in place of the tasks' own")
   add('--steps', type=int, help="in place of the tasks' own")
   add('--lanes', type=int, default=1, help='trainings at once, of a small network; fewer of others')
@@ -530,7 +572,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   args.start = time.perf_counter()
   args.deadline = args.start + args.budget
-  args.compare = args.compare or not (args.map or args.schedules)
+  args.compare = args.compare or not (args.map or args.schedules or args.momenta)
   if min(args.map_seeds) < MAP_SEEDS_FROM or max(args.seeds) >= min(_contestants.TUNING_SEEDS):
     parser.error('Seeds from 100 are for tuning, from 200 for maps, and below for the report.')
   measured = None if args.measured is None else json.loads(args.measured.read_text('utf-8'))

@@ -51,9 +51,9 @@ def measured_alpha(
   Every `every` steps the update takes the curvature h_k of the loss along the `top_k`
   leading singular directions of each matrix's momentum, of all matrices at once
   (`curvature.joint_curvature`): ``draws * top_k`` Hessian-vector products, however many
-  layers there are. The state keeps running averages, by rank, of h_k over its root mean
-  square and of σ_k over σ_1; averaged with their signs, the noise of each measurement falls
-  out. α is the slope of log h_k on log σ_k through these averages.
+  layers there are. The state keeps running averages, by rank, of h_k / σ_1² and σ_k / σ_1;
+  averaged with their signs, the noise of each measurement falls out. α is the slope of
+  log h_k on log σ_k through these averages.
 
       tx = spectral_optax.spectral_newton(1e-2, alpha=spectral_optax.measured_alpha())
       ...
@@ -124,7 +124,7 @@ class MeasuredAlphaState(NamedTuple):
     measured_r_squared: Of that fit.
     measured_negative: The part of the directions whose averaged h_k is negative.
     measured_sigma: Running average of σ_k / σ_1; zeros before the first measurement.
-    measured_h: Running average of h_k over its root mean square, likewise.
+    measured_h: Running average of h_k / σ_1², likewise.
   """
 
   measured_alpha: Any
@@ -209,15 +209,17 @@ def update(
     for path in kept:
       view, leaf = views[path], at_least_single(leaves[path])
       spectra[path] = low_rank.leading_directions(view.to_matrices(leaf), _directions(config, view))
-    key = jax.random.fold_in(jax.random.key(config.seed), count)
-    h = online.joint_curvature(
+    # Along u_k v_kᵀ / σ_k the curvature, h_k / σ_k², is much the same in all layers,
+    # where h_k is not: none drowns in the noise of another.
+    relative = online.joint_curvature(
       value_fn,
       params,
-      {path: (u, v) for path, (u, _, v) in spectra.items()},
-      key,
+      {path: (u * _inverse(sigma)[:, :, None], v) for path, (u, sigma, v) in spectra.items()},
+      jax.random.fold_in(jax.random.key(config.seed), count),
       draws=config.draws,
       weight_dimension_numbers=weight_dimension_numbers,
     )
+    h = {path: of * jnp.square(spectra[path][1]) for path, of in relative.items()}
     found = {path: _averaged(config, views[path], state, spectra[path][1], h[path]) for path in h}
     columns = [{path: of[i] for path, of in found.items()} for i in range(5)]
     new = _state(config, {path: views[path] for path in kept}, *columns)
@@ -225,6 +227,12 @@ def update(
 
   now = (count + 1) % config.every == 0
   return jax.lax.cond(now, measure, lambda: state)
+
+
+def _inverse(sigma: jax.Array) -> jax.Array:
+  """1/σ, and zero for what is there by rounding alone."""
+  there = sigma > 1e-6 * sigma[:, :1]
+  return jnp.where(there, 1 / jnp.where(there, sigma, 1), 0)
 
 
 def _averaged(
@@ -246,7 +254,8 @@ def _averaged(
 
   h = h.astype(sigma.dtype)
   new_sigma = running(old_sigma, sigma, sigma[:, :1])
-  new_h = running(old_h, h, jnp.sqrt(jnp.mean(jnp.square(h), -1, keepdims=True)))
+  # Not over a size of h itself, which is noisy: what is divided by noise is biased.
+  new_h = running(old_h, h, jnp.square(sigma[:, :1]))
   # Fitted to averages without bias correction: a common factor is in no slope.
   rounding = max(view.rows, view.columns) * jnp.finfo(sigma.dtype).eps
   there = new_sigma > rounding * new_sigma[:, :1]

@@ -475,7 +475,7 @@ def _grams(
 
   def as_they_are(matrices):
     del matrices
-    return grams, sums, jnp.ones_like(sums), jnp.ones(sums.shape, bool)
+    return grams, sums, jnp.ones_like(sums), jnp.isfinite(sums)
 
   grams = together(matrices)
   sums = energy(grams)
