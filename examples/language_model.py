@@ -269,6 +269,17 @@ def spectra(run: Run) -> dict[str, list[dict[str, Any]]]:
   return found
 
 
+def measured(run: Run) -> dict[str, Any]:
+  """With `--alpha measured`: what was found, and R², one number a layer; None where no fit is."""
+  state = as_pure(run.optimizer.opt_state)
+  columns = [optax.tree.get(state, name) for name in ('measured_alpha', 'measured_r_squared')]
+  if any(column is None for column in columns):
+    return {}
+  of = lambda column, path: np.ravel(column[path]).astype(float).tolist()
+  alphas, fits = columns
+  return {path: {'alpha': of(alphas, path), 'r_squared': of(fits, path)} for path in alphas}
+
+
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
   """Loss curves; and, of Spectral Newton, what T makes of the spectra of all layers."""
   found = report['spectra']
@@ -344,7 +355,7 @@ def results_table(report: dict[str, Any]) -> rich.table.Table:
     title=f'{task["depth"]} scanned layers of width {task["width"]}, {task["steps"]} steps of'
     f' {task["batch_size"]} x {task["context"]} bytes',
     caption=f'Validation: {task["validation_bytes"]:,} bytes, held out, {seeds}. Step: median,'
-    ' gradient and update, without compilation.',
+    ' gradient and update, without compilation. Learning rates are not tuned.',
   )
   table.add_column('optimizer')
   for heading in ('peak rate', 'nats/byte', 'bits/byte', 'ms/step'):
@@ -380,6 +391,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     'mean': float(np.mean(values)),
     'std': float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
   }
+  own = runs['spectral_newton'][-1] if 'spectral_newton' in runs else None
   return {
     'task': {
       **{k: getattr(args, k) for k in ('context', 'width', 'depth', 'heads', 'steps')},
@@ -407,7 +419,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
       }
       for name, of in runs.items()
     },
-    'spectra': spectra(runs['spectral_newton'][-1]) if 'spectral_newton' in runs else {},
+    # Of the last seed.
+    'spectra': spectra(own) if own else {},
+    'measured': measured(own) if own else {},
     'environment': environment(),
   }
 
