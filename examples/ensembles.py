@@ -324,9 +324,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(description='Many small networks in one compiled program.')
   add = parser.add_argument
   add('--alphas', type=float, nargs='+', default=[1.0, 1.5, 2.0], help='1 1.5 2')
-  dampings, rates = [0.001, 0.01, 0.1, 1.0, 10.0], [0.0025, 0.01, 0.04]
+  dampings, rates = [0.001, 0.01, 0.1, 1.0, 10.0], [0.0025, 0.01, 0.04, 0.16]
   add('--dampings', type=float, nargs='+', default=dampings, help='0.001 0.01 0.1 1 10')
-  add('--learning-rates', type=float, nargs='+', default=rates, help='0.0025 0.01 0.04')
+  add('--learning-rates', type=float, nargs='+', default=rates, help='0.0025 0.01 0.04 0.16')
   add('--seeds', type=int, nargs='+', default=[0, 1, 2, 3], help='0 1 2 3')
   add('--steps', type=int, default=200, help='%(default)s')
   add('--every', type=int, default=10, help='steps from one report to the next, %(default)s')

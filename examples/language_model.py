@@ -186,9 +186,8 @@ def evaluate(model: GPT, text: np.ndarray, context: int, batch_size: int) -> flo
   starts = np.arange(0, len(text) - context, context)
   count = len(starts) // batch_size
   windows = text[starts[: count * batch_size, None] + np.arange(context + 1)].astype(np.int32)
-  losses = [
-    float(evaluation_step(model, some[:, :-1], some[:, 1:])) for some in np.split(windows, count)
-  ]
+  batches = jnp.split(jnp.asarray(windows), count)
+  losses = [float(evaluation_step(model, some[:, :-1], some[:, 1:])) for some in batches]
   return float(np.mean(losses))
 
 
@@ -225,7 +224,7 @@ def train(
   title = f'{OPTIMIZERS[settings.name]}, seed {seed}'
   with tqdm(total=settings.steps, desc=title, disable=args.quiet, mininterval=0.5) as bar:
     for _ in range(settings.steps):
-      x, y = data.sample(args.batch_size, rng)
+      x, y = map(jnp.asarray, data.sample(args.batch_size, rng))
       start = time.perf_counter()
       losses.append(float(train_step(model, optimizer, x, y)))  # Waits for the step.
       seconds.append(time.perf_counter() - start)
@@ -317,6 +316,9 @@ def _plot_spectra(figure: Any, found: dict[str, list[dict[str, Any]]]) -> None:
   wanted = ('query', 'value', 'out', 'up', 'down', 'head')
   names = [next(path for path in found if path.split('/')[-2] == name) for name in wanted]
   panels = figure.subplots(2, 3, sharey=True)
+  top = 1.5 * max(
+    max(layer[k]) for n in names for layer in found[n] for k in ('sigma', 'transferred')
+  )
   for axes, name in zip(panels.flat, names, strict=True):
     layers = found[name]
     for i, layer in enumerate(layers):
@@ -326,18 +328,20 @@ def _plot_spectra(figure: Any, found: dict[str, list[dict[str, Any]]]) -> None:
       rank = np.arange(1, len(sigma) + 1)[there]
       # From light (the first layer) to dark.
       style = {'alpha': (i + 1) / len(layers), 'linewidth': 1.5}
-      last = i == len(layers) - 1
+      axes.plot(rank, sigma[there], color=GREY, label='σ$_k$, over its RMS', **style)
       axes.plot(
-        rank, sigma[there], color=GREY, label='σ$_k$, over its RMS' if last else None, **style
+        rank,
+        transferred[there],
+        color=COLOURS['spectral_newton'],
+        label='T(σ$_k$) = σ$_k$ / (σ$_k^α$ + d)',
+        **style,
       )
-      label = 'T(σ$_k$) = σ$_k$ / (σ$_k^α$ + d)' if last else None
-      axes.plot(rank, transferred[there], color=COLOURS['spectral_newton'], label=label, **style)
     alphas = sorted({round(layer['alpha'], 2) for layer in layers})
     text = f'{alphas[0]:g}' if len(alphas) == 1 else f'{alphas[0]:g} to {alphas[-1]:g}'
     axes.set_title(f'{name.split("/")[-2]}, α = {text}')
     axes.set_xscale('log')
     axes.set_yscale('log')
-    axes.set_ylim(0.02, 12)
+    axes.set_ylim(0.02, top)
     axes.xaxis.set_major_formatter(PLAIN)
     axes.yaxis.set_major_formatter(PLAIN)
     axes.minorticks_off()
