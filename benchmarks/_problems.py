@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import _networks
-import _stdlib_bytes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import stdlib_bytes
 import train_vision
 import vision_data
 from flax import nnx
@@ -145,7 +145,7 @@ def load(name: str, folder: str | None = None, packed: pathlib.Path | None = Non
       raise ValueError(f'{packed} has no data for {name!r}: write it anew with --pack-data.')
     return found
   if name == 'bytes':
-    text = _stdlib_bytes.load(CONTEXT).text
+    text = stdlib_bytes.load(CONTEXT).text
     # Blocks of about 31 kB: what is held out is in the middle of everything else.
     blocks = np.array_split(text, 64)
     join = lambda of: np.concatenate([b for i, b in enumerate(blocks) if i % 16 in of])

@@ -31,11 +31,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'examples'))
 
 import _alpha_claims
 import _networks
-import _stdlib_bytes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import stdlib_bytes
 import train_vision
 import vision_data
 from flax import nnx
@@ -190,7 +190,7 @@ class Task:
   def __init__(self, run: Run, seed: int, folder: str | None):
     rng = np.random.default_rng(seed)
     if run.data == 'bytes':
-      data = _stdlib_bytes.load(CONTEXT, run.outputs)
+      data = stdlib_bytes.load(CONTEXT, run.outputs)
       self.draw = lambda: data.sample(run.batch_size, rng)
       self.measured = data.sample(run.samples, np.random.default_rng(seed + 1))
       self.model = make_network(run, 0, 0, 0, seed)

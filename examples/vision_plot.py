@@ -62,7 +62,7 @@ def choose_layers(spectra: Mapping[str, Any], count: int = PANELS) -> list[str]:
   return [*ends[0], *picked, *ends[1]]
 
 
-def _smooth(losses: np.ndarray) -> np.ndarray:
+def smooth(losses: np.ndarray) -> np.ndarray:
   """Centred running mean over a twentieth of the steps, along the last axis."""
   half = max(1, losses.shape[-1] // 40)
   total = np.cumsum(np.pad(losses, ((0, 0), (1, 0))), axis=-1)
@@ -74,7 +74,7 @@ def _smooth(losses: np.ndarray) -> np.ndarray:
 def _losses(axes: Axes, report: Mapping[str, Any], titles: Mapping[str, str]) -> None:
   task = report['task']
   for name, result in report['optimizers'].items():
-    curves = _smooth(np.array([run['train_losses'] for run in result['runs']], float))
+    curves = smooth(np.array([run['train_losses'] for run in result['runs']], float))
     steps = np.arange(1, curves.shape[1] + 1)
     accuracy = result['test_accuracy']
     label = f'{titles[name]}: {100 * accuracy["mean"]:.2f}'

@@ -94,15 +94,15 @@ def test_what_is_measured(alpha_map):
 
 
 def test_bytes_and_their_classes(alpha_map):
-  data = alpha_map._stdlib_bytes.load(16, 256, limit=50_000)
+  data = alpha_map.stdlib_bytes.load(16, 256, limit=50_000)
   x, y = data.sample(20, np.random.default_rng(0))
   assert x.shape == y.shape == (20, 16)
   np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
   text = data.text.tobytes()
   assert bytes(x[0].astype(np.uint8)) in text
-  _, few = alpha_map._stdlib_bytes.Bytes(data.text, 16, 8).sample(20, np.random.default_rng(0))
+  _, few = alpha_map.stdlib_bytes.Bytes(data.text, 16, 8).sample(20, np.random.default_rng(0))
   np.testing.assert_array_equal(few, y >> 5)
-  _, pairs = alpha_map._stdlib_bytes.Bytes(data.text, 16, 1024).sample(20, np.random.default_rng(0))
+  _, pairs = alpha_map.stdlib_bytes.Bytes(data.text, 16, 1024).sample(20, np.random.default_rng(0))
   assert pairs.max() <= 1023
   # The same pair is the same class, and the most common one is the first.
   after = np.concatenate([y[:, 1:], np.full((20, 1), -1)], axis=1)

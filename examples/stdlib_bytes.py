@@ -53,3 +53,15 @@ def load(context: int, outputs: int = 256, limit: int = 2_000_000) -> Bytes:
   if len(text) < 100 * context:
     raise FileNotFoundError(f'{folder} has too little Python source to train on.')
   return Bytes(np.frombuffer(text[:limit], np.uint8), context, outputs)
+
+
+def hold_out(data: Bytes, blocks: int = 64, every: int = 16) -> tuple[Bytes, Bytes]:
+  """Text to train on, and what is held out of it: one block in `every`, from all over.
+
+  Modules differ; the end of the text alone would be other modules than those trained on.
+  """
+  parts = np.array_split(data.text, blocks)
+  held = [i for i in range(blocks) if i % every == every // 2]
+  join = lambda indices: np.concatenate([parts[i] for i in indices])
+  rest = [i for i in range(blocks) if i not in held]
+  return tuple(dataclasses.replace(data, text=join(of)) for of in (rest, held))  # type: ignore
