@@ -170,6 +170,8 @@ def apart(
   def update(updates, state, params=None, **extra):
     del extra
     first, second = cut(updates), cut(params)
+    matrices: Any
+    rest: Any
     matrices, state_0 = of_matrices.update(first[0], state[0], second[0])
     rest, state_1 = others.update(first[1], state[1], second[1])
     whole = {p: views[p].from_matrices(x[None]) for p, x in matrices.items()} | rest

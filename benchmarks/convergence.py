@@ -323,7 +323,8 @@ def path_lanes(args: argparse.Namespace) -> list[Lane]:
   """Every exponent that moves, at every rate, on every seed."""
   return [
     _contestants.path_lane(*path, rate, seed)
-    for path, rate, seed in itertools.product(_contestants.PATHS, args.rates, args.map_seeds)
+    for path in _contestants.PATHS
+    for rate, seed in itertools.product(args.rates, args.map_seeds)
   ]
 
 
@@ -366,8 +367,8 @@ def wanted(
     add('spectral_newton', 'map', map_lanes(args))
   if args.schedules:
     add('spectral_newton', 'schedules', path_lanes(args))
-  for program, lanes in momentum_lanes(args).items() if args.momenta else ():
-    add(program, 'momenta', lanes)
+  for program, moved in momentum_lanes(args).items() if args.momenta else ():
+    add(program, 'momenta', moved)
   if args.map or args.schedules:
     for program in REFERENCES:
       add(program, 'reference', reference_lanes(args))

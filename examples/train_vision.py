@@ -349,7 +349,7 @@ def time_updates(
   labels = jnp.asarray(data.train_labels[:batch_size])
   calls: dict[str, Callable[[], Any]] = {}
   for name, run in runs.items():
-    transformation = run.optimizer.tx
+    transformation = optax.with_extra_args_support(run.optimizer.tx)
     loss = loss_of_few(run.model, images, labels)
 
     @jax.jit

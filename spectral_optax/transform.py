@@ -240,7 +240,7 @@ def scale_by_spectral_transfer(
     TypeError: At `init`, for complex matrices.
   """
   tolerance = solvers.DEFAULT_TOLERANCE if tolerance is None else tolerance
-  measures = isinstance(alpha, measured.MeasuredAlpha)
+  rule = alpha if isinstance(alpha, measured.MeasuredAlpha) else None
   solvers.check_solver(solver, normalize, tolerance, rank)
   sharding.check(mesh, work_axes)
   if not isinstance(alpha, str) and _is_number(alpha):
@@ -261,11 +261,12 @@ def scale_by_spectral_transfer(
     small = min(view.rows, view.columns)
     return (*view.batch_shape, small, solvers.vectors(solver, rank, small))
 
-  def make_state(count, views, columns, measurement) -> SpectralTransferState:
+  def make_state(count, views, columns, measurement) -> Any:
     if not views:
       # `optax.tree.map_params` puts a placeholder for the parameters and looks for it
       # in the state. This is not shaped like parameters: one leaf each says so.
-      return SpectralTransferState(count, *(jnp.zeros([]) for _ in columns), measurement)
+      nothing = {name: jnp.zeros([]) for name in columns}
+      return SpectralTransferState(count, **nothing, measurement=measurement)
     shapes = {path: view.batch_shape for path, view in views.items()}
     shapes_of_basis = {path: basis_shape(view) for path, view in views.items()}
     return SpectralTransferState(
@@ -284,7 +285,7 @@ def scale_by_spectral_transfer(
     for path in values:
       where = f' for {path!r} with shape {views[path].shape}'
       now = list(exponents.at(*values[path], jnp.zeros([], jnp.int32)))
-      if measures or callable(values[path][0]):  # Traced in an update, whatever it begins with.
+      if rule or callable(values[path][0]):  # Traced in an update, whatever it begins with.
         now[0] = jnp.asarray(now[0])
       solvers.check_hyperparams(solver, *now, where=where)
       first[path] = [_broadcast(value, views[path], widest) for value in now]
@@ -295,7 +296,7 @@ def scale_by_spectral_transfer(
         columns[name] = jnp.concatenate([first[path][i] for path in views])
     size = sum(math.prod(basis_shape(view)) for view in views.values())
     columns['basis'] = jnp.zeros([size], widest)
-    measurement = measured.init(alpha, views, widest) if measures else None
+    measurement = measured.init(rule, views, widest) if rule else None
     return make_state(jnp.zeros([], jnp.int32), views, columns, measurement)
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
@@ -304,12 +305,12 @@ def scale_by_spectral_transfer(
     if not views:
       return updates, state._replace(count=optax.safe_increment(state.count))
     measurement = state.measurement
-    if measures:
+    if rule:
       measurement = measured.update(
-        alpha, measurement, state.count, updates, params, value_fn, weight_dimension_numbers
+        rule, measurement, state.count, updates, params, value_fn, weight_dimension_numbers
       )
       fallback = {path: exponents.at(*value, state.count)[0] for path, value in values.items()}
-      found = measured.alphas(alpha, measurement, fallback)
+      found = measured.alphas(rule, measurement, fallback)
       values = {path: (found[path], values[path][1]) for path in values}
     leaves = layout.leaves_by_path(updates)
     division = sharding.divide(

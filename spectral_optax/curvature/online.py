@@ -48,7 +48,7 @@ def orthogonal_signs(key: jax.Array, draws: int, count: int) -> jax.Array:
   check_draws(draws)
   rows, columns = np.arange(draws)[:, None], np.arange(count)[None, :] % draws
   hadamard = 1 - 2 * (np.bitwise_count(rows & columns) % 2).astype(np.float32)
-  return hadamard * jax.random.rademacher(key, (1, count), jnp.float32)
+  return jnp.asarray(hadamard) * jax.random.rademacher(key, (1, count), jnp.float32)
 
 
 def check_draws(draws: int) -> None:
