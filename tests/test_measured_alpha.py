@@ -10,6 +10,7 @@ import pytest
 
 import spectral_optax
 from spectral_optax import curvature
+from spectral_optax.curvature import _convolutions
 from spectral_optax.solvers import low_rank
 
 # ---------------------------------------------------------------------------------
@@ -457,3 +458,53 @@ def test_map_params():
   assert jax.tree.structure(marked) == jax.tree.structure(state)
   for name in ('measured_h', 'measured_sigma'):
     assert not np.asarray(optax.tree.get(marked, name).flat).any()
+
+
+# ---------------------------------------------------------------------------------
+# Convolutions inside control flow
+# ---------------------------------------------------------------------------------
+
+ORDER = '[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]'
+
+
+def convolve(x, kernel, **how):
+  numbers = ('NHWC', 'HWIO', 'NHWC')
+  return jax.lax.conv_general_dilated(x, kernel, (2, 1), 'SAME', dimension_numbers=numbers, **how)
+
+
+CONVOLUTIONS = {
+  'plain': ((3, 3, 4, 6), {}),
+  'grouped': ((3, 3, 2, 6), {'feature_group_count': 2}),
+  'dilated': ((3, 2, 4, 6), {'rhs_dilation': (1, 2)}),
+}
+
+
+@pytest.mark.parametrize('inside', ['cond', 'scan', 'jit'])
+@pytest.mark.parametrize('kind', CONVOLUTIONS)
+def test_convolutions_of_gradients_are_brought_into_the_fast_order(kind, inside):
+  shape, how = CONVOLUTIONS[kind]
+  x, kernel = jax.random.normal(jax.random.key(0), (2, 8, 7, 4)), jnp.ones(shape)
+  kernel += jax.random.normal(jax.random.key(1), shape)
+  loss = lambda x, k: jnp.sum(jnp.sin(convolve(x, k, **how)))
+
+  def function(x, kernel):
+    gradient = jax.grad(loss, argnums=(0, 1))
+    if inside == 'cond':
+      zeros = (jnp.zeros_like(x), jnp.zeros_like(kernel))
+      return jax.lax.cond(jnp.sum(x) > -1e9, gradient, lambda *_: zeros, x, kernel)
+    if inside == 'scan':
+      step = lambda carry, _: (jax.tree.map(jnp.tanh, gradient(*carry)), None)
+      return jax.lax.scan(step, (x, kernel), length=1)[0]
+    return jax.jit(gradient)(x, kernel)
+
+  fast = _convolutions.channels_last(function)
+  for a, b in zip(fast(x, kernel), function(x, kernel), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+  def orders(f):
+    lines = jax.jit(f).lower(x, kernel).as_text().splitlines()
+    return [ORDER in line for line in lines if 'stablehlo.convolution' in line]
+
+  assert all(orders(fast))
+  assert len(orders(fast)) == len(orders(function)) > 1
+  assert not all(orders(function))  # Or there would be nothing to do.
