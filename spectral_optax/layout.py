@@ -140,6 +140,26 @@ def _listing(paths: Iterable[str], most: int = 8) -> str:
   return ', '.join(map(repr, paths[:most])) + more
 
 
+def replicated(x: jax.Array) -> jax.Array:
+  """Under explicit sharding, the whole of x on every device; else x itself.
+
+  A singular value belongs to a whole matrix, and matrices that are stacked must
+  agree on how they are split.
+  """
+  sharding = jax.typeof(x).sharding
+  if all(axis is None for axis in sharding.spec):
+    return x
+  return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+
+
+def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Under explicit sharding, x lying as another array does; else x itself."""
+  sharding = jax.typeof(like).sharding
+  if all(axis is None for axis in sharding.spec):
+    return x
+  return jax.sharding.reshard(x, sharding.spec)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class ByPath(Mapping[str, jax.Array]):
   """Arrays by parameter path, in one: a read-only mapping that is a single leaf.

@@ -207,7 +207,7 @@ def update(
   def measure() -> MeasuredAlphaState:
     spectra = {}
     for path in kept:
-      view, leaf = views[path], at_least_single(leaves[path])
+      view, leaf = views[path], layout.replicated(at_least_single(leaves[path]))
       spectra[path] = low_rank.leading_directions(view.to_matrices(leaf), _directions(config, view))
     # Along u_k v_kᵀ / σ_k the curvature, h_k / σ_k², is much the same in all layers,
     # where h_k is not: none drowns in the noise of another.

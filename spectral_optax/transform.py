@@ -139,25 +139,6 @@ def _compute_dtype(dtype: Any) -> Any:
 COLUMNS = ('alpha', 'damping', *solvers.Spectrum._fields)
 
 
-def _replicated(x: jax.Array) -> jax.Array:
-  """Under explicit sharding, the whole of x on every device; else x itself.
-
-  A singular value belongs to a whole matrix, and matrices that are stacked must
-  agree on how they are split.
-  """
-  sharding = jax.typeof(x).sharding
-  if all(axis is None for axis in sharding.spec):
-    return x
-  return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
-
-
-def _sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
-  sharding = jax.typeof(like).sharding
-  if all(axis is None for axis in sharding.spec):
-    return x
-  return jax.sharding.reshard(x, sharding.spec)
-
-
 def placements(shardings: Any, params: Any) -> dict[str, Any] | None:
   """The argument `shardings` of `spectral_newton`, by path."""
   if shardings is None:
@@ -342,7 +323,7 @@ def scale_by_spectral_transfer(
       matrices, given = [], {'alpha': [], 'damping': []}
       for paths in pieces.values():
         if division is None:
-          whole = [_replicated(leaves[path]).astype(name) for path in paths]
+          whole = [layout.replicated(leaves[path]).astype(name) for path in paths]
           parts = [views[path].to_matrices(x) for path, x in zip(paths, whole, strict=True)]
           matrices.append(jnp.concatenate(parts) if len(parts) > 1 else parts[0])
         for path in paths:
@@ -389,7 +370,7 @@ def scale_by_spectral_transfer(
           for path in paths:
             end = begin + number[path]
             one = views[path].from_matrices(matrices[begin:end]).astype(leaves[path].dtype)
-            new[path] = _sharded_like(one, leaves[path])
+            new[path] = layout.sharded_like(one, leaves[path])
             begin = end
         for of, value in zip(spectra.values(), spectrum, strict=True):
           of.append(value.reshape(-1).astype(flat_basis.dtype))

@@ -440,6 +440,34 @@ def test_double_precision(x64):
   np.testing.assert_allclose(found['a/kernel'], 1.3, atol=1e-5)
 
 
+@pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
+def test_sharded_parameters_are_measured_as_whole_ones(kind):
+  loss, params, grads = power_law_problem(cross=0.3)
+
+  def of_whole(params):
+    # What is made of explicitly sharded parameters is the loss's own affair.
+    split = lambda x: any(jax.typeof(x).sharding.spec)
+    whole = jax.sharding.PartitionSpec()
+    return loss(jax.tree.map(lambda x: jax.sharding.reshard(x, whole) if split(x) else x, params))
+
+  tx = optimizer(spectral_optax.measured_alpha(every=1, draws=4))
+  step = jax.jit(functools.partial(tx.update, value_fn=of_whole))
+  expected, _ = step(grads, tx.init(params), params)
+  mesh = jax.make_mesh((2,), ('x',), axis_types=(getattr(jax.sharding.AxisType, kind),))
+  with jax.set_mesh(mesh):
+    last = lambda x: jax.sharding.PartitionSpec(
+      *(None,) * (x.ndim - 1), 'x' if x.shape[-1] % 2 == 0 else None
+    )
+    put = lambda tree: jax.tree.map(
+      lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, last(x))), tree
+    )
+    updates, state = step(put(grads), tx.init(put(params)), put(params))
+    found = measured_state(state)['measured_alpha']
+  for path, (_, alphas) in MATRICES.items():
+    np.testing.assert_allclose(np.ravel(found[path]), alphas, atol=2e-3)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
+
+
 def test_without_measuring_the_state_holds_nothing_of_it():
   _, params, grads = power_law_problem()
   tx = optimizer('default')

@@ -127,15 +127,18 @@ def joint_curvature(
       path: jax.lax.dynamic_slice_in_dim(signs, starts[path], n).astype(u[path].dtype)
       for path, n in counts.items()
     }
+    # Under explicit sharding a direction lies as its parameter does, and is seen whole.
     tangent = {
-      path: views[path].from_matrices((own[path][:, None] * u[path])[:, :, None] * v[path][:, None])
+      path: layout.sharded_like(
+        views[path].from_matrices((own[path][:, None] * u[path])[:, :, None] * v[path][:, None]),
+        wide[path],
+      )
       for path in us
     }
     along = hessian(tangent)
+    whole = lambda path: views[path].to_matrices(layout.replicated(along[path]))
     return {
-      path: own[path]
-      * jnp.einsum('brc,br,bc->b', views[path].to_matrices(along[path]), u[path], v[path])
-      for path in us
+      path: own[path] * jnp.einsum('brc,br,bc->b', whole(path), u[path], v[path]) for path in us
     }
 
   @channels_last
