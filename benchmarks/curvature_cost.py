@@ -206,6 +206,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   )
   with planned_memory() as plans:
     first = seconds(measure, 1)
+  print(f'measure: {first:.1f} s, compilation included', file=sys.stderr, flush=True)
   reset_peak_memory()
   before = peak_memory()
   whole = seconds(measure, args.rounds)
