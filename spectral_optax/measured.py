@@ -246,16 +246,17 @@ def _averaged(
   of = lambda column: column[view.path].reshape(sigma.shape).astype(sigma.dtype)
   old_sigma, old_h = of(state.measured_sigma), of(state.measured_h)
 
+  h, leader = h.astype(sigma.dtype), sigma[:, :1]
+  # Of nothing, or not finite, it is no measurement, and leaves both averages as they are.
+  good = (jnp.square(leader) > 0) & jnp.isfinite(leader) & jnp.isfinite(h).all(-1, keepdims=True)
+
   def running(old, new, size):
-    # A measurement that is not finite, or of nothing, is none.
-    good = (size > 0) & jnp.isfinite(size) & jnp.isfinite(new).all(-1, keepdims=True)
     scaled = jnp.where(good, new, 0) / jnp.where(good, size, 1)
     return jnp.where(good, config.decay * old + (1 - config.decay) * scaled, old)
 
-  h = h.astype(sigma.dtype)
-  new_sigma = running(old_sigma, sigma, sigma[:, :1])
+  new_sigma = running(old_sigma, sigma, leader)
   # Not over a size of h itself, which is noisy: what is divided by noise is biased.
-  new_h = running(old_h, h, jnp.square(sigma[:, :1]))
+  new_h = running(old_h, h, jnp.square(leader))
   # Fitted to averages without bias correction: a common factor is in no slope.
   rounding = max(view.rows, view.columns) * jnp.finfo(sigma.dtype).eps
   there = new_sigma > rounding * new_sigma[:, :1]

@@ -344,7 +344,7 @@ def test_a_bad_measurement_leaves_the_averages_alone():
   for _ in range(2):
     _, state = update(grads, state, 1.0)
   updates, after = update(grads, state, jnp.nan)
-  for name in ('measured_h', 'measured_alpha', 'alpha'):
+  for name in ('measured_h', 'measured_sigma', 'measured_alpha', 'alpha'):
     before, now = (optax.tree.get(s, name).flat for s in (state, after))
     np.testing.assert_allclose(now, before, rtol=1e-5)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
