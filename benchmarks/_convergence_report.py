@@ -284,7 +284,7 @@ def map_figure(maps: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> F
     for (i, j), loss in np.ndenumerate(losses):
       text = f'{loss:.3f}' if math.isfinite(loss) else ''
       bold = 'bold' if loss == low else 'normal'
-      light = 'white' if loss < (low + high) / 2 else 'black'
+      light = 'black' if loss < (low + high) / 2 else 'white'
       axes.text(j, i, text, ha='center', va='center', fontsize=7, color=light, weight=bold)
     muon = references.get('muon')
     if muon and low < (level := float(np.mean(_losses(muon)))) < finite.max():
@@ -295,7 +295,7 @@ def map_figure(maps: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> F
     axes.set_yticks(range(len(alphas)), [f'{a:g}' for a in alphas])
     axes.set_xlabel('σ*, of the RMS singular value')
     axes.set_ylabel('α')
-    axes.set_title(f'{name}: validation loss (red: Muon)')
+    axes.set_title(f'{name}: validation loss (red: as Muon)')
     figure.colorbar(image, ax=axes)
   return figure
 
