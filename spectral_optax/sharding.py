@@ -216,11 +216,13 @@ class _Moved:
   Attributes:
     x: The array.
     labels: Of its axes.
+    number: This device's, along some mesh axes.
     back: What undoes each step, in the order of the steps.
   """
 
   x: jax.Array
   labels: list[_Label]
+  number: Callable[[Axes], jax.Array]
   back: list[Callable[[jax.Array], jax.Array]] = dataclasses.field(default_factory=list)
 
   def order(self, labels: Sequence[_Label]) -> None:
@@ -259,7 +261,7 @@ class _Moved:
     """Of an axis that everybody has, everybody their own part; the first axis."""
     shape = self.x.shape
     parts = self.x.reshape(devices, -1, *shape[1:])
-    self.x = jnp.take(parts, jax.lax.axis_index(axes), axis=0)
+    self.x = jnp.take(parts, self.number(axes), axis=0)
     self.back.append(lambda y: jax.lax.all_gather(y, axes, tiled=True))
 
   def exchange(self, axes: Axes, devices: int) -> None:
@@ -272,7 +274,7 @@ class _Moved:
   def gather(self, axes: Axes) -> None:
     """The whole of what lies along `axes`: a new first axis."""
     self.x = jax.lax.all_gather(self.x, axes)
-    self.back.append(lambda y: jnp.take(y, jax.lax.axis_index(axes), axis=0))
+    self.back.append(lambda y: jnp.take(y, self.number(axes), axis=0))
 
   def undo(self, y: jax.Array) -> jax.Array:
     """From the last shape to the first."""
@@ -285,6 +287,7 @@ def _assemble(
   x: jax.Array,
   group: _Group,
   division: Division,
+  number: Callable[[Axes], jax.Array],
   deal: Axes,
   split: Axes,
   tall: bool,
@@ -296,6 +299,7 @@ def _assemble(
     x: What this device has.
     group: What it is of.
     division: The mesh.
+    number: This device's, along some mesh axes.
     deal: Axes that the matrices are dealt over.
     split: Axes that the longer side is to be divided over; axes in neither are gathered.
     tall: Whether rows are the longer side.
@@ -312,7 +316,7 @@ def _assemble(
   }
   own = [(0, i, _HERE) for i in range(group.sides[0])]
   own += [(1, i, _HERE) for i in range(group.sides[1])]
-  moved = _Moved(x, [_BATCH, *own])
+  moved = _Moved(x, [_BATCH, *own], number)
   size = division.size
 
   def put(axes: Axes) -> None:
@@ -377,19 +381,29 @@ def _dealt(count: int, devices: int, first: int) -> tuple[np.ndarray, np.ndarray
   return number % count, number < count
 
 
-def _own_numbers(ids: np.ndarray, view: layout.MatrixView, division: Division) -> jax.Array:
+def _own_numbers(
+  ids: np.ndarray,
+  view: layout.MatrixView,
+  division: Division,
+  number: Callable[[Axes], jax.Array],
+) -> jax.Array:
   """Which of a parameter's matrices this device has a part of."""
   own = jnp.asarray(ids)
   for i, axis in enumerate(view.batch_axes):
     axes = division.placements[view.path][axis]
     if axes:
       each = own.shape[i] // division.size(axes)
-      own = jax.lax.dynamic_slice_in_dim(own, jax.lax.axis_index(axes) * each, each, axis=i)
+      own = jax.lax.dynamic_slice_in_dim(own, number(axes) * each, each, axis=i)
   return own.reshape(-1)
 
 
 def _numbers(
-  ids: jax.Array, group: _Group, division: Division, deal: Axes, first: int
+  ids: jax.Array,
+  group: _Group,
+  division: Division,
+  number: Callable[[Axes], jax.Array],
+  deal: Axes,
+  first: int,
 ) -> tuple[jax.Array, jax.Array, int]:
   """Which matrices `_assemble` gives this device; which are no repetitions; how many at most."""
   real, most = jnp.ones(ids.shape, bool), len(ids)
@@ -400,7 +414,7 @@ def _numbers(
     tuple(n for n in dealt if n in placed),
   ):
     if axes:
-      devices, mine = division.size(axes), jax.lax.axis_index(axes)
+      devices, mine = division.size(axes), number(axes)
       order, once = _dealt(len(ids), devices, first)
       ids = jnp.take(jnp.take(ids, order).reshape(devices, -1), mine, axis=0)
       real = jnp.take(real, order) & jnp.asarray(once)
@@ -496,6 +510,15 @@ def choose_deal(
 # ---------------------------------------------------------------------------------
 
 
+def _numbered(division: Division, axis: str) -> jax.Array:
+  """For every device along a mesh axis its number."""
+  numbers = jnp.arange(division.sizes[axis], dtype=jnp.int32)
+  kinds = dict(zip(division.mesh.axis_names, division.mesh.axis_types, strict=True))
+  if kinds[axis] == AxisType.Explicit:
+    return jax.sharding.reshard(numbers, PartitionSpec(axis))
+  return numbers
+
+
 def _everywhere(x: jax.Array) -> jax.Array:
   sharding = jax.typeof(x).sharding
   if all(axis is None for axis in sharding.spec):
@@ -557,9 +580,17 @@ def solve_batches(
       ids[path] = np.arange(start, start + count, dtype=np.int32).reshape(view.batch_shape)
       start += count
 
-  def spread(xs: dict[str, Any], given: Any):
+  def spread(xs: dict[str, Any], given: Any, places: dict[str, jax.Array]):
     """On one device."""
     rms, traced = given
+
+    def number(axes: Axes) -> jax.Array:
+      """As `jax.lax.axis_index`, which JAX 0.9 can't lower inside another `shard_map`."""
+      which = jnp.zeros((), jnp.int32)
+      for name in axes:
+        which = which * division.sizes[name] + places[name][0]
+      return which
+
     local, members = [], []
     for of, batch, (alpha, damping, basis) in zip(paths, batches, traced, strict=True):
       alpha = batch.alpha if alpha is None else alpha
@@ -574,12 +605,12 @@ def solve_batches(
           x = x.reshape(-1, *x.shape[len(view.batch_axes) :])
           parts.append(x)
           counts.append(len(x))
-          numbers.append(_own_numbers(ids[path], view, division))
+          numbers.append(_own_numbers(ids[path], view, division, number))
         view = views[group.paths[0]]
         together = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
         tall = view.rows > view.columns
-        moved = _assemble(together, group, division, deal, split, tall, first)
-        share, real, most = _numbers(jnp.concatenate(numbers), group, division, deal, first)
+        moved = _assemble(together, group, division, number, deal, split, tall, first)
+        share, real, most = _numbers(jnp.concatenate(numbers), group, division, number, deal, first)
         # Where this leaves off, the next begins: all together, nobody has more than one more.
         placed = {n for axes in group.placed for n in axes}
         at_once = len({n in placed for n in deal}) == 1  # Else in two steps.
@@ -601,6 +632,7 @@ def solve_batches(
           jnp.take(basis, share, axis=0),
           share,
           split,
+          number(split),
           real,
           sum(-(-n // division.size(deal)) if key == 0 else n for key, n in at_most.items()),
         )
@@ -633,7 +665,7 @@ def solve_batches(
   shared = jax.shard_map(
     spread,
     mesh=division.mesh,
-    in_specs=(specs, PartitionSpec()),
+    in_specs=(specs, PartitionSpec(), {name: PartitionSpec(name) for name in division.sizes}),
     out_specs=(specs, PartitionSpec()),
     axis_names=set(division.sizes),
     check_vma=False,
@@ -641,7 +673,7 @@ def solve_batches(
   xs = {path: leaves[path] for path in specs}
   if not any(isinstance(x, jax.core.Tracer) for x in xs.values()):
     shared = jax.jit(shared)  # Operation by operation, on every device, takes many times longer.
-  return shared(xs, given)
+  return shared(xs, given, {n: _numbered(division, n) for n in division.sizes})
 
 
 def _to_leaf(x: jax.Array, view: layout.MatrixView, shape: tuple[int, ...]) -> jax.Array:

@@ -236,8 +236,10 @@ def test_inside_shard_map_every_block_is_a_matrix(check_vma):
       np.testing.assert_allclose(got[rows, columns], want, rtol=1e-4, atol=1e-5)
 
 
-def test_partly_manual_meshes_divide_over_the_rest():
-  tree = matrices((2, 16, 12), (2, 16, 12))
+# Two matrices are dealt over the other axis; of one the longer side is divided.
+@pytest.mark.parametrize('count', [1, 2])
+def test_partly_manual_meshes_divide_over_the_rest(count):
+  tree = matrices(*[(2, 16, 12)] * count)
   mesh = make_mesh()
   tx = spectral_optax.scale_by_spectral_transfer(solver='polynomial')
 

@@ -228,6 +228,7 @@ class Batch(NamedTuple):
       this device has, (batch,) integers; those are then of all devices' matrices.
     split: Mesh axes that the longer sides are divided over; pieces are then
       (batch_i, longer / devices, small). For methods that look at GᵀG alone.
+    number: Which device along `split` this is, () integer.
     real: Which of this device's matrices are no repetitions of others, there to fill up,
       (batch,) booleans; None for all.
     most: How many are real on the device that has the most.
@@ -239,6 +240,7 @@ class Batch(NamedTuple):
   basis: jax.Array
   share: jax.Array | None = None
   split: tuple[str, ...] = ()
+  number: jax.Array | None = None
   real: jax.Array | None = None
   most: int = 0
 
@@ -503,7 +505,7 @@ def _solve_grams(
   side = np.concatenate([np.full(len(batch.basis), batch.small) for batch in batches])
   share = _joint_share(batches)
   # What `_unscale` makes of d is of a matrix, not of a place in `alpha`.
-  split = Split.of(batches[0].split, len(side), may_deal=normalize is not None)
+  split = Split.of(batches[0].split, batches[0].number, len(side), may_deal=normalize is not None)
   if not split.axes and normalize is not None and all(b.real is not None for b in batches):
     most = sum(batch.most for batch in batches)
     if most < len(side):

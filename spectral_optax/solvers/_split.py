@@ -16,6 +16,7 @@ class Split(NamedTuple):
 
   Attributes:
     axes: Mesh axes that the longer side is divided over.
+    number: Which device along `axes` this is.
     count: How many matrices there are, the same ones on every device along `axes`.
     dealt: Whether their Gram matrices are dealt over `axes`; if not, every device has all.
     real: Without axes: which are no repetitions, (count,), of which there are at most `most`,
@@ -24,6 +25,7 @@ class Split(NamedTuple):
   """
 
   axes: tuple[str, ...] = ()
+  number: jax.Array | None = None
   count: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
   dealt: bool = False
   real: jax.Array | None = None
@@ -40,9 +42,12 @@ class Split(NamedTuple):
     return jnp.take(x, order, axis=0)
 
   @classmethod
-  def of(cls, axes: tuple[str, ...], count: int, may_deal: bool = True) -> 'Split':
+  def of(
+    cls, axes: tuple[str, ...], number: jax.Array | None, count: int, may_deal: bool = True
+  ) -> 'Split':
     """Deals if that moves no more than leaving the sums everywhere does."""
-    return cls(axes, count, bool(axes) and may_deal and 2 * count >= jax.lax.axis_size(axes))
+    dealt = bool(axes) and may_deal and 2 * count >= jax.lax.axis_size(axes)
+    return cls(axes, number, count, dealt)
 
   @property
   def devices(self) -> int:
@@ -69,7 +74,8 @@ class Split(NamedTuple):
     if not self.dealt:
       return x
     here = self._wrapped(x).reshape(self.devices, -1, *x.shape[1:])
-    return jnp.take(here, jax.lax.axis_index(self.axes), axis=0)
+    assert self.number is not None
+    return jnp.take(here, self.number, axis=0)
 
   def everyones(self, x: jax.Array) -> jax.Array:
     """From every device's part back to (count, ...)."""
