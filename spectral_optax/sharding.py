@@ -22,7 +22,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spectral_optax import layout, solvers
 
@@ -515,7 +515,7 @@ def _numbered(division: Division, axis: str) -> jax.Array:
   numbers = jnp.arange(division.sizes[axis], dtype=jnp.int32)
   kinds = dict(zip(division.mesh.axis_names, division.mesh.axis_types, strict=True))
   if kinds[axis] == AxisType.Explicit:
-    return jax.sharding.reshard(numbers, PartitionSpec(axis))
+    return jax.sharding.reshard(numbers, NamedSharding(division.mesh, PartitionSpec(axis)))
   return numbers
 
 
