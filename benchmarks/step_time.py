@@ -370,7 +370,7 @@ def cost_parts() -> dict[str, Callable[[jax.Array], Any]]:
         rate,
         weights,
         cpu=run(solvers.polynomial.IN_CACHE),
-        tpu=run(solvers.polynomial.IN_CACHE),
+        tpu=run(solvers.polynomial.FEW_FLOPS),
         default=run(solvers.polynomial.FEW_KERNELS),
       )
 

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 import spectral_optax
-from spectral_optax.solvers import _logistic, polynomial
+from spectral_optax.solvers import _logistic, _symmetric, polynomial
 from spectral_optax.solvers._fitting import approximate, terms, turning_point
 from spectral_optax.solvers._problem import Problem
 from tests import reference
@@ -158,17 +158,37 @@ def test_bfloat16_products(name, alpha, damping):
   assert leaks[1] <= 0.02
 
 
-@pytest.mark.parametrize('n', [5, 130])
-def test_three_blocks_of_four_are_the_square(n):
-  a = np.random.default_rng(0).standard_normal((2, n, n)).astype(np.float32)
+@pytest.mark.parametrize(
+  ('n', 'levels', 'from_', 'products'),
+  [(5, 3, 6, 1.0), (130, 1, 100, None), (512, 1, 512, 0.75), (512, 2, 256, 0.625), (7, 2, 0, None)],
+)
+def test_products_of_what_is_symmetric(n, levels, from_, products):
+  """They are the square, X Xᵀ and XᵀX, and take the multiplications that the module says."""
+  rng = np.random.default_rng(0)
+  a = rng.standard_normal((2, n, n)).astype(np.float32)
   a += a.swapaxes(1, 2)
-  blocks = polynomial._cut(jnp.asarray(a), 100)
-  assert len(blocks) == (1 if n < 100 else 3)
-  np.testing.assert_array_equal(polynomial._join(blocks), a)
-  squared = polynomial._join(polynomial.square(blocks, polynomial.float32_product))
-  exact = np.float64(a) @ np.float64(a)
+  cut = _symmetric.sizes(n, levels, from_)
+  blocks = _symmetric.split(jnp.asarray(a), cut)
+  np.testing.assert_array_equal(_symmetric.join(blocks), a)
+  count = 0
+
+  def product(x, y):
+    nonlocal count
+    count += x.shape[-2] * x.shape[-1] * y.shape[-1]
+    return jnp.matmul(x, y, precision='highest')
+
+  squared = _symmetric.join(_symmetric.square(blocks, cut, product))
   # n terms of rounding each, the largest of |a|² of them.
-  assert np.abs(squared - exact).max() <= n * reference.EPS * np.abs(a).max() ** 2
+  bound = lambda x: x.shape[-1] * reference.EPS * np.abs(x).max() ** 2
+  exact = np.float64(a) @ np.float64(a)
+  assert np.abs(squared - exact).max() <= bound(a)
+  if products is not None:
+    assert count == products * n**3
+  x = rng.standard_normal((2, n, 9)).astype(np.float32)
+  exact = np.float64(x) @ np.float64(x).swapaxes(1, 2)
+  for together, matrix in ((_symmetric.outer, x), (_symmetric.inner, x.swapaxes(1, 2))):
+    found = _symmetric.join(together(jnp.asarray(matrix), cut, product))
+    assert np.abs(found - exact).max() <= bound(x)
 
 
 def test_every_layout_computes_the_same():
@@ -182,8 +202,9 @@ def test_every_layout_computes_the_same():
   run = lambda *layout: polynomial._sum_of_iterates(
     gram / 8, r, weights, polynomial.float32_product, polynomial.Layout(*layout)
   )
-  whole = run(10**9, 1000, False)
-  for layout in ((10**9, 1000, True), (2 * 130**2, 1000, False), (1, 100, False)):
+  whole = run(10**9, 0, 0, False)
+  layouts = (10**9, 0, 0, True), (2 * 130**2, 0, 0, False), (1, 1, 100, False), (1, 2, 9, True)
+  for layout in layouts:
     assert reference.relative_error(run(*layout), whole) <= 1e-5
   assert polynomial._at_once(16, 768, 2**21) == 2
   assert polynomial._at_once(7, 768, 2**21) == 1
