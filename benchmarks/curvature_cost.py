@@ -2,6 +2,7 @@
 
     python benchmarks/curvature_cost.py                       # width 64, batch 1024
     python benchmarks/curvature_cost.py --width 16 --batch 64 --size 16 --budget 64
+    python benchmarks/curvature_cost.py --size 8 --once --layers 6    # Half an hour, two cores
 
 On images of noise, after initialisation; what is computed does not depend on the numbers.
 
@@ -12,6 +13,9 @@ On images of noise, after initialisation; what is computed does not depend on th
   gain: alone over batched.
   measure: the whole of `curvature.measure`, gradients, decompositions and fits included,
     compiled, against alone / gain.
+
+With `--once` everything runs once, and what compiling took is taken off; with `--layers` only as
+many layers, evenly spaced, are timed by themselves, for the gain and for what all would take alone.
 
 Planned memory is what the compiler says the largest program needs beside its arguments; peak
 memory is what the process (or the accelerator) held more at its highest, while measuring,
@@ -28,7 +32,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
@@ -165,14 +169,27 @@ def reset_peak_memory() -> None:
     pathlib.Path('/proc/self/clear_refs').write_text('5')
 
 
+class Plan(NamedTuple):
+  """Of a program: the temporary memory that the compiler planned, and its time."""
+
+  bytes: int
+  seconds: float
+
+
 @contextlib.contextmanager
-def planned_memory() -> Iterator[list[int]]:
-  """The temporary memory that the compiler planned for each program that runs inside."""
-  plans, compiled = [], directional._compiled
+def planned() -> Iterator[list[Plan]]:
+  """Of each program that runs inside."""
+  plans: list[Plan] = []
+  compiled = directional._compiled
 
   def spy(*arguments):
+    # It calls itself by its name where a program would need too much: that is its time too.
+    directional._compiled = compiled
+    start = time.perf_counter()
     program: Any = compiled(*arguments)
-    plans.append(getattr(program.memory_analysis(), 'temp_size_in_bytes', 0))
+    took = time.perf_counter() - start
+    directional._compiled = spy
+    plans.append(Plan(getattr(program.memory_analysis(), 'temp_size_in_bytes', 0), took))
     return program
 
   directional._compiled = spy
@@ -204,16 +221,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   measure = functools.partial(
     curvature.measure, loss_fn, params, top_k=args.top_k, batches=[batch], memory_budget=budget
   )
-  with planned_memory() as plans:
-    first = seconds(measure, 1)
-  print(f'measure: {first:.1f} s, compilation included', file=sys.stderr, flush=True)
+  once = lambda plans, took: took - sum(plan.seconds for plan in plans)
   reset_peak_memory()
   before = peak_memory()
-  whole = seconds(measure, args.rounds)
+  with planned() as plans:
+    first = seconds(measure, 1)
+  whole = once(plans, first)
+  print(f'measure: {first:.1f} s, {whole:.1f} s not compiling', file=sys.stderr, flush=True)
+  if not args.once:
+    reset_peak_memory()
+    before = peak_memory()
+    whole = seconds(measure, args.rounds)
   after = peak_memory()
 
   layers = {}
-  for path in tqdm(views, desc='layers', disable=args.quiet):
+  chosen = np.linspace(0, len(views) - 1, min(args.layers or len(views), len(views)))
+  for path in tqdm([[*views][i] for i in chosen.astype(int)], desc='layers', disable=args.quiet):
     u, v = directions[path]
     one = {path: directions[path]}
     batched = functools.partial(
@@ -223,12 +246,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       memory_budget=budget,
     )
     alone = functools.partial(single_product(params, path, batch), u[0, 0], v[0, 0])
-    h, single = batched()[0][path][0], float(alone())
+    with planned() as own:
+      start = time.perf_counter()
+      h = batched()[0][path][0]
+      took = once(own, time.perf_counter() - start)
+    single = float(alone())
     layers[path] = {
       'shape': [views[path].rows, views[path].columns],
       'directions': len(h),
       'alone_seconds': len(h) * seconds(alone, args.rounds),
-      'batched_seconds': seconds(batched, args.rounds),
+      'batched_seconds': took if args.once else seconds(batched, args.rounds),
       'difference': (single - h[0]) / np.abs(h).max(),
     }
     if args.reverse:
@@ -238,19 +265,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   alone, batched = (
     sum(layer[f'{name}_seconds'] for layer in layers.values()) for name in ('alone', 'batched')
   )
+  gain = alone / batched
+  # Of layers that were not timed, as of those that were, by direction.
+  each = alone / sum(layer['directions'] for layer in layers.values())
+  alone = each * sum(len(u[0]) for u, _ in directions.values())
   return {
     'settings': {
       name: getattr(args, name)
-      for name in ('width', 'stages', 'blocks', 'batch', 'size', 'top_k', 'budget', 'rounds')
+      for name in (
+        *('width', 'stages', 'blocks', 'batch', 'size', 'top_k', 'budget', 'rounds'),
+        *('once', 'layers'),
+      )
     },
     'measure_seconds': whole,
     'first_measure_seconds': first,
     'alone_seconds': alone,
-    'batched_seconds': batched,
-    'gain': alone / batched,
-    'measure_over_alone_by_gain': whole / (alone / (alone / batched)),
+    'batched_seconds': alone / gain,
+    'gain': gain,
+    'measure_over_alone_by_gain': whole / (alone / gain),
     'budget_bytes': budget,
-    'planned_bytes': max(plans),
+    'planned_bytes': max(plan.bytes for plan in plans),
     'peak_bytes': None if before is None or after is None else after - before,
     'layers': layers,
     'environment': reporting.environment(),
@@ -296,6 +330,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   add('--top-k', type=int, default=20, help='directions of each layer, %(default)s')
   add('--budget', type=float, default=16384, help='MiB for intermediate results, %(default)s')
   add('--rounds', type=int, default=3, help='timings of each, %(default)s')
+  add('--once', action='store_true', help='each runs once, what compiling takes is taken off')
+  add('--layers', type=int, default=0, help='how many are timed by themselves, default all')
   add('--reverse', action='store_true', help='also batched with method="reverse"')
   add('--output', type=pathlib.Path)
   add('--quiet', action='store_true', help='no progress bar')
@@ -306,6 +342,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   show(report, rich.console.Console(width=None if sys.stdout.isatty() else 120))
   environment = report['environment']
   key = f'{environment["backend"]}/{environment["device_kind"]}/width-{args.width}'
+  key += f'/batch-{args.batch}/size-{args.size}'
   content = json.loads(output.read_text('utf-8')) if output.is_file() else {}
   reporting.write_json(output, {**content, key: report})
   return report

@@ -276,15 +276,19 @@ def alphas(
   config: MeasuredAlpha, state: MeasuredAlphaState, fallback: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
   """The α of each matrix now: as measured and clipped, or else the fallback's."""
-  taken = {}
-  for path, other in fallback.items():
-    alpha, r_squared = state.measured_alpha[path], state.measured_r_squared[path]
-    # All comparisons with NaN are false.
-    good = (
-      jnp.isfinite(alpha)
-      & (r_squared >= config.min_r_squared)
-      & (state.measured_negative[path] <= config.max_negative)
-    )
-    other = jnp.broadcast_to(jnp.asarray(other, alpha.dtype), alpha.shape)
-    taken[path] = jnp.where(good, jnp.clip(alpha, *config.clip), other)
-  return taken
+  # Of all matrices at once: one by one, they would be many small programs.
+  found = state.measured_alpha
+  alpha = found.flat
+  # All comparisons with NaN are false.
+  good = (
+    jnp.isfinite(alpha)
+    & (state.measured_r_squared.flat >= config.min_r_squared)
+    & (state.measured_negative.flat <= config.max_negative)
+  )
+  shapes = {path: found[path].shape for path in found}
+  others = [
+    jnp.broadcast_to(jnp.asarray(fallback[path], alpha.dtype), shape).reshape(-1)
+    for path, shape in shapes.items()
+  ]
+  taken = jnp.where(good, jnp.clip(alpha, *config.clip), jnp.concatenate(others))
+  return dict(layout.ByPath(taken, list(shapes.items())))

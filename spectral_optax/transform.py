@@ -119,6 +119,8 @@ class SpectralTransferState(NamedTuple):
     basis: Leading singular vectors on the smaller side: that side and the number of
       vectors (one, or the rank of "low_rank") as additional last axes.
     measurement: With `measured_alpha` its `MeasuredAlphaState`, else None.
+    fits: With `measured_alpha` the fits of T to the last α, one axis: they are made anew where
+      α changes (and, for parameters whose work is divided, at every step). Else None.
   """
 
   count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -129,6 +131,7 @@ class SpectralTransferState(NamedTuple):
   transfer_error: Any
   basis: Any
   measurement: measured.MeasuredAlphaState | None = None
+  fits: jax.Array | None = None
 
 
 def _compute_dtype(dtype: Any) -> Any:
@@ -242,12 +245,12 @@ def scale_by_spectral_transfer(
     small = min(view.rows, view.columns)
     return (*view.batch_shape, small, solvers.vectors(solver, rank, small))
 
-  def make_state(count, views, columns, measurement) -> Any:
+  def make_state(count, views, columns, measurement, fits) -> Any:
     if not views:
       # `optax.tree.map_params` puts a placeholder for the parameters and looks for it
       # in the state. This is not shaped like parameters: one leaf each says so.
       nothing = {name: jnp.zeros([]) for name in columns}
-      return SpectralTransferState(count, **nothing, measurement=measurement)
+      return SpectralTransferState(count, **nothing, measurement=measurement, fits=fits)
     shapes = {path: view.batch_shape for path, view in views.items()}
     shapes_of_basis = {path: basis_shape(view) for path, view in views.items()}
     return SpectralTransferState(
@@ -257,6 +260,7 @@ def scale_by_spectral_transfer(
         for name, x in columns.items()
       },
       measurement=measurement,
+      fits=fits,
     )
 
   def init_fn(params):
@@ -278,25 +282,44 @@ def scale_by_spectral_transfer(
     size = sum(math.prod(basis_shape(view)) for view in views.values())
     columns['basis'] = jnp.zeros([size], widest)
     measurement = measured.init(rule, views, widest) if rule else None
-    return make_state(jnp.zeros([], jnp.int32), views, columns, measurement)
+    state = make_state(jnp.zeros([], jnp.int32), views, columns, measurement, None)
+    if rule and not views:
+      state = state._replace(fits=jnp.zeros([]))
+    elif rule:  # As many numbers as an update, of matrices that are whole, would make.
+      made = jax.eval_shape(lambda p: transfer(p, state, measured_now(state, values), None), params)
+      state = state._replace(fits=jnp.zeros(made[1].fits.shape, widest))
+    return state
+
+  def measured_now(state, values):
+    """With α as measured, where it may be trusted."""
+    fallback = {path: exponents.at(*value, state.count)[0] for path, value in values.items()}
+    found = measured.alphas(rule, state.measurement, fallback)
+    return {path: (found[path], values[path][1]) for path in values}
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     del extra_args
-    views, values, dtypes = plan(updates)
+    views, values, _ = plan(updates)
     if not views:
       return updates, state._replace(count=optax.safe_increment(state.count))
-    measurement = state.measurement
     if rule:
       measurement = measured.update(
-        rule, measurement, state.count, updates, params, value_fn, weight_dimension_numbers
+        rule, state.measurement, state.count, updates, params, value_fn, weight_dimension_numbers
       )
-      fallback = {path: exponents.at(*value, state.count)[0] for path, value in values.items()}
-      found = measured.alphas(rule, measurement, fallback)
-      values = {path: (found[path], values[path][1]) for path in values}
-    leaves = layout.leaves_by_path(updates)
+      state = state._replace(measurement=measurement)
+      values = measured_now(state, values)
     division = sharding.divide(
-      leaves, views, mesh=mesh, work_axes=work_axes, shardings=placements(shardings, updates)
+      layout.leaves_by_path(updates),
+      views,
+      mesh=mesh,
+      work_axes=work_axes,
+      shardings=placements(shardings, updates),
     )
+    return transfer(updates, state, values, division)
+
+  def transfer(updates, state, values, division):
+    """The step with these α and d."""
+    views, _, dtypes = plan(updates)
+    leaves = layout.leaves_by_path(updates)
     kept = list(views)
     number = {path: math.prod(view.batch_shape) for path, view in views.items()}
 
@@ -343,6 +366,13 @@ def scale_by_spectral_transfer(
       batches.setdefault(name, []).append(solvers.Batch(matrices, alphas, dampings, basis))
       members.setdefault(name, []).append(list(pieces.values()))
 
+    lengths = [(path, number[path]) for path in order]
+    now = {name: _in_order(jnp.concatenate(of), lengths, kept) for name, of in numbers.items()}
+    fits = None
+    if rule and division is None:
+      same = [jnp.all(now[name] == getattr(state, name).flat) for name in now]
+      fits = solvers.Fits(state.fits, (state.count > 0) & same[0] & same[1])
+
     new = dict(leaves)
     spectra: dict[str, list[jax.Array]] = {name: [] for name in solvers.Spectrum._fields}
     how: dict[str, Any] = {
@@ -361,7 +391,7 @@ def scale_by_spectral_transfer(
         for spectrum, (of, at) in itertools.product(found, enumerate(spectra)):
           spectra[at].append(spectrum[of].reshape(-1).astype(flat_basis.dtype))
         continue
-      solved = solvers.solve_batches(of_dtype, **how)
+      solved = solvers.solve_batches(of_dtype, fits=fits, **how)
       for pieces, (results, spectrum) in zip(members[name], solved, strict=True):
         for paths, matrices in zip(pieces, results, strict=True):
           if update_rms is not None:
@@ -375,20 +405,15 @@ def scale_by_spectral_transfer(
         for of, value in zip(spectra.values(), spectrum, strict=True):
           of.append(value.reshape(-1).astype(flat_basis.dtype))
     # By dtype, batches were kept in order.
-    columns = {
-      name: _in_order(
-        jnp.concatenate(of),
-        [
-          (path, math.prod(basis_shape(views[path])) if name == 'basis' else number[path])
-          for path in order
-        ],
-        kept,
-      )
-      for name, of in {**numbers, **spectra}.items()
+    lengths_of_basis = [(path, math.prod(basis_shape(views[path]))) for path in order]
+    columns = now | {
+      name: _in_order(jnp.concatenate(of), lengths_of_basis if name == 'basis' else lengths, kept)
+      for name, of in spectra.items()
     }
     updates = jax.tree.unflatten(jax.tree.structure(updates), list(new.values()))
     count = optax.safe_increment(state.count)
-    return updates, make_state(count, views, columns, measurement)
+    made = state.fits if fits is None else fits.flat(flat_basis.dtype)
+    return updates, make_state(count, views, columns, state.measurement, made)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import spectral_optax
-from spectral_optax import curvature
+from spectral_optax import curvature, layout
 from spectral_optax.curvature import _convolutions
 from spectral_optax.solvers import low_rank
 
@@ -536,3 +536,36 @@ def test_convolutions_of_gradients_are_brought_into_the_fast_order(kind, inside)
   assert all(orders(fast))
   assert len(orders(fast)) == len(orders(function)) > 1
   assert not all(orders(function))  # Or there would be nothing to do.
+
+
+@pytest.mark.parametrize('solver', ['rational', 'polynomial'])
+def test_t_is_fitted_anew_where_alpha_has_changed_and_only_there(solver):
+  rng = np.random.default_rng(0)
+  noise = lambda: jnp.asarray(rng.standard_normal((12, 8)), jnp.float32)
+  grads = {'a': {'kernel': noise()}, 'b': {'kernel': noise()}}
+  config = spectral_optax.measured_alpha(1000)
+  tx = spectral_optax.scale_by_spectral_transfer(config, solver=solver)
+  update = jax.jit(lambda state: tx.update(grads, state, grads, value_fn=optax.tree.norm))
+  # The same α, traced, without anything kept.
+  other = spectral_optax.scale_by_spectral_transfer(lambda _: jnp.float32(1.5), solver=solver)
+  want, _ = jax.jit(other.update)(grads, other.init(grads))
+  start = tx.init(grads)
+  first, state = update(start)
+  again, after = update(state)
+  assert start.fits.shape == state.fits.shape
+  assert start.fits.size > 10
+  for found in (first, again):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, want)
+  np.testing.assert_array_equal(after.fits, state.fits)
+  # What was kept is what is used: of zeros there comes zero.
+  nothing, _ = update(state._replace(fits=0 * state.fits))
+  assert optax.tree.norm(nothing) == 0
+  # Not at the first step, nor after another α.
+  for other_state in (
+    start,
+    state._replace(alpha=layout.ByPath(state.alpha.flat + 1, state.alpha.shapes)),
+    state._replace(damping=layout.ByPath(state.damping.flat + 1, state.damping.shapes)),
+  ):
+    found, after = update(other_state._replace(fits=0 * state.fits))
+    np.testing.assert_array_equal(after.fits, state.fits)
+    jax.tree.map(np.testing.assert_array_equal, found, first)

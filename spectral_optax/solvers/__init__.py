@@ -31,7 +31,7 @@ from spectral_optax.solvers import (
 )
 from spectral_optax.solvers._fitting import terms
 from spectral_optax.solvers._perturbation import transpose
-from spectral_optax.solvers._problem import BFLOAT16_TOLERANCE, Problem, Solution, known
+from spectral_optax.solvers._problem import BFLOAT16_TOLERANCE, Fits, Problem, Solution, known
 from spectral_optax.solvers._spectrum import (
   SPECTRAL_SLACK,
   Spectrum,
@@ -487,7 +487,11 @@ def _grams(
 
 
 def _solve_grams(
-  batches: Sequence[Batch], method: Method, normalize: str | None, tolerance: float
+  batches: Sequence[Batch],
+  method: Method,
+  normalize: str | None,
+  tolerance: float,
+  fits: Fits | None,
 ) -> list[tuple[list[jax.Array], Spectrum]]:
   """For methods that look at GᵀG alone: matrices of one smaller side, or nearly, at once.
 
@@ -543,6 +547,7 @@ def _solve_grams(
     gain=jnp.where(finite, gain, jnp.nan),
     half=half,
     share=share,
+    fits=fits,
   )
   f, error, _ = method.solve(problem)
   ratio = participation_ratio(gram_matrix)
@@ -604,6 +609,7 @@ def solve_batches(
   solver: str,
   tolerance: float = DEFAULT_TOLERANCE,
   choose_rank: bool = False,
+  fits: Fits | None = None,
 ) -> list[tuple[list[jax.Array], Spectrum]]:
   """U T(Σ) Vᵀ and the spectra of batches of matrices, each batch of one smaller side.
 
@@ -613,6 +619,7 @@ def solve_batches(
     solver: "auto" or a key of `SOLVERS`.
     tolerance: See `apply_transfer`.
     choose_rank: Whether "low_rank" may take fewer directions than the bases have.
+    fits: Of the last step, for methods that fit T; gets those of this one.
 
   Returns:
     For each batch the updates, piece by piece, and a `Spectrum`. A matrix with a NaN or
@@ -636,7 +643,8 @@ def solve_batches(
     to = _joined(counts)
     for size in sorted(set(to.values())):
       here = [i for i in places if to[batches[i].small] == size]
-      solved = _solve_grams([batches[i] for i in here], SOLVERS[name], normalize, tolerance)
+      some = [batches[i] for i in here]
+      solved = _solve_grams(some, SOLVERS[name], normalize, tolerance, fits)
       for i, result in zip(here, solved, strict=True):
         results[i] = result
   return [result for result in results if result is not None]

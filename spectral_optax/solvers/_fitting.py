@@ -162,5 +162,8 @@ def approximate(family: Family, problem: Problem) -> tuple[Any, np.ndarray | jax
   alpha, damping = (jnp.asarray(x, problem.gram.dtype) for x in (problem.alpha, problem.damping))
   log_turn, reach, delta = turning_point(alpha, damping, problem.largest)
   usual = _usual_reach(problem.largest)
-  fitted = family.traced_fit(alpha, reach, delta, tolerance=problem.tolerance, usual_reach=usual)
-  return fitted, log_turn
+
+  def make():
+    return family.traced_fit(alpha, reach, delta, tolerance=problem.tolerance, usual_reach=usual)
+
+  return make() if problem.fits is None else problem.fits.of(make), log_turn

@@ -1,5 +1,6 @@
 """What every solver takes and gives."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,43 @@ import numpy as np
 
 # Relative error of T from which on products with G may be in bfloat16, off a CPU.
 BFLOAT16_TOLERANCE = 3e-2
+
+
+class Fits:
+  """What was fitted to traced α and d at the last step, of use while they stay as they are.
+
+  Solvers ask in the same order at every step. An object of one trace: made, asked, and `flat`
+  taken from it.
+
+  Attributes:
+    kept: `flat` of the last step; None where there is none yet.
+    unchanged: Whether every α and d is what it was then, () boolean.
+  """
+
+  def __init__(self, kept: jax.Array | None = None, unchanged: jax.Array | bool = False):
+    self.kept, self.unchanged = kept, unchanged
+    self._made: list[jax.Array] = []
+    self._start = 0
+
+  def of(self, make: Callable[[], Any]) -> Any:
+    """What `make` gives, a tree of arrays: of this step, or the same kept from the last."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(make))
+    flatten = lambda tree: jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
+    if self.kept is None:
+      flat = flatten(make())
+    else:
+      end = self._start + sum(x.size for x in leaves)
+      kept = self.kept[self._start : end].astype(jnp.result_type(*leaves))
+      flat = jax.lax.cond(self.unchanged, lambda: kept, lambda: flatten(make()))
+      self._start = end
+    self._made.append(flat)
+    parts = jnp.split(flat, np.cumsum([x.size for x in leaves])[:-1])
+    shaped = [part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
+
+  def flat(self, dtype: Any) -> jax.Array:
+    """Of this step, one axis."""
+    return jnp.concatenate([jnp.zeros([0], dtype), *(x.astype(dtype) for x in self._made)])
 
 
 class Problem(NamedTuple):
@@ -31,6 +69,7 @@ class Problem(NamedTuple):
       None for all, in order.
     basis: (batch, n, r): where an iteration for the leading right singular vectors
       starts. Columns of zeros for none.
+    fits: Of the last step; None where nothing is kept.
   """
 
   matrix: jax.Array | None
@@ -45,6 +84,7 @@ class Problem(NamedTuple):
   half: bool = False
   choose_rank: bool = False
   share: jax.Array | None = None
+  fits: Fits | None = None
 
   def take(self, x: Any) -> jax.Array:
     """From one for each α to one for each matrix."""
