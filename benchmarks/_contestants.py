@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import _measured
 import jax
 import numpy as np
 import optax
@@ -29,7 +30,7 @@ TUNING_SEEDS = (100, 101)
 
 Lane = dict[str, Any]  # Numbers, and by path for those that each matrix has its own of.
 PER_MATRIX = {'alpha': 1.5, 'alpha_end': None, 'turn': 0.06, 'scale': 1.0}
-PER_LANE = {'rate': None, 'momentum': 0.95, 'b2': 0.999}
+PER_LANE = {'rate': None, 'momentum': 0.95, 'b2': 0.999, 'lambda': 0.01}
 
 
 def traced(problem: Problem, lane: Lane) -> dict[str, np.ndarray]:
@@ -122,7 +123,14 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
   def damping(i: int) -> optax.Schedule:
     return lambda count: lane['turn'][i] ** alpha(i)(count)
 
-  by_path = lambda of: {path: of(i) for i, path in enumerate(problem.matrices)}
+  def number(i: int) -> bool:
+    """Whether α is known and stays: then T is fitted once, before the training."""
+    known = not isinstance(lane['alpha'], jax.core.Tracer)
+    return known and lane['alpha'][i] == lane['alpha_end'][i]
+
+  by_path = lambda of: {
+    path: float(of(i)(0)) if number(i) else of(i) for i, path in enumerate(problem.matrices)
+  }
   return optax.chain(
     spectral_optax.spectral_newton(
       schedule(problem, lane),
@@ -139,12 +147,14 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
 
 
 def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation:
-  """Ours, with the exponent measured as it trains."""
-  rule = spectral_optax.measured_alpha(every=25, top_k=8)  # type: ignore
+  """Ours, with the exponent measured as it trains, and σ* that of the defaults."""
+  rule = spectral_optax.measured_alpha(every=problem.task.every, top_k=8)
   return spectral_optax.spectral_newton(
     schedule(problem, lane),
     alpha=rule,
     momentum=lane['momentum'],
+    solver='polynomial',
+    tolerance=TOLERANCE,
     update_rms=UPDATE_RMS,
     weight_decay=WEIGHT_DECAY,
   )
@@ -202,22 +212,156 @@ def of_rollfast(
   return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
 
 
+def shampoo(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  """Shampoo of the package optax-shampoo on the matrices, AdamW on the rest.
+
+  Its updates have the size of RMSProp's (grafting). The package is of 2022; `_OldJax` lends it
+  what JAX has dropped since.
+  """
+  package = importlib.import_module('optax_shampoo.distributed_shampoo')
+  package.jax, package.lax = _OldJax(), _OldLax()  # type: ignore
+  rate = schedule(problem, lane)
+  matrices = optax.chain(
+    package.distributed_shampoo(
+      1.0,
+      block_size=128,
+      beta2=lane['b2'],
+      graft_type=package.GraftingType.RMSPROP,
+      moving_average_for_momentum=True,
+      preconditioning_compute_steps=PERIOD,
+      generate_training_metrics=False,
+    ),
+    optax.scale(-1.0),  # The package's own rate has made it a descent.
+    optax.add_decayed_weights(WEIGHT_DECAY),
+    optax.scale_by_learning_rate(rate),
+  )
+  return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
+
+
+class _OldJax:
+  """`jax`, with the names of 2022."""
+
+  tree_map = staticmethod(jax.tree.map)
+  tree_flatten = staticmethod(jax.tree.flatten)
+  tree_unflatten = staticmethod(jax.tree.unflatten)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(jax, name)
+
+
+class _OldLax:
+  """`jax.lax`, whose loops made a number of a bool where their body does."""
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(jax.lax, name)
+
+  @staticmethod
+  def while_loop(condition: Any, body: Any, start: Any) -> Any:
+    after = jax.eval_shape(body, start)
+    same = lambda x, like: jax.lax.convert_element_type(x, like.dtype)
+    return jax.lax.while_loop(condition, body, jax.tree.map(same, start, after))
+
+
+Trainer = tuple[Callable[..., Any], Callable[..., Any]]  # `start` and `advance`, of one lane.
+
+
+def kfac(problem: Problem) -> Trainer:
+  """K-FAC of the package kfac-jax, which jits its own steps."""
+  kfac_jax: Any = importlib.import_module('kfac_jax')
+
+  def loss(params, batch):
+    x, y = batch
+    logits, _ = problem.apply(params, no_state, x, train=True)
+    logits, y = logits.reshape(-1, logits.shape[-1]), y.reshape(-1)
+    kfac_jax.register_softmax_cross_entropy_loss(logits, y)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  no_state = problem.init(np.uint32(0))[1]
+  optimizer = kfac_jax.Optimizer(
+    jax.value_and_grad(loss),
+    l2_reg=WEIGHT_DECAY,
+    num_burnin_steps=0,
+    inverse_update_period=PERIOD,
+  )
+  batch = jax.jit(problem.batch)
+  first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+
+  def start(lanes):
+    lane = first(lanes)
+    params, rest = problem.init(lane['seed'])
+    some = batch(problem.arrays, problem.samples(int(lane['seed']))[0])
+    state = optimizer.init(params, jax.random.PRNGKey(lane['seed']), some)
+    return *jax.tree.map(lambda x: x[None], (params, rest)), state
+
+  def advance(carry, lanes, which, arrays):
+    lane, params, rest, state = first(lanes), first(carry[0]), carry[1], carry[2]
+    rate, losses = schedule(problem, lane), []
+    begin = int(state.step_counter)
+    for count, some in enumerate(which[0], begin):
+      params, state, found = optimizer.step(
+        params,
+        state,
+        jax.random.fold_in(jax.random.PRNGKey(lane['seed']), count),
+        batch=batch(arrays, some),
+        learning_rate=rate(count),
+        momentum=lane['momentum'],
+        damping=lane['lambda'],
+        global_step_int=count,
+      )
+      losses.append(found['loss'])
+    return (jax.tree.map(lambda x: x[None], params), rest, state), np.mean(losses)[None]
+
+  return start, advance
+
+
+def has_no_state(problem: Problem) -> bool:
+  """Whether the network is its parameters alone, without running averages."""
+  return not jax.tree.leaves(jax.eval_shape(problem.init, np.uint32(0))[1])
+
+
+PERIOD = 5  # Steps between two inversions of what Shampoo and K-FAC precondition with.
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """An optimizer whose numbers are traced.
 
   Attributes:
-    build: From the task and what is traced of a lane.
+    build: From the task and what is traced of a lane; None where there is a trainer.
     available: Whether what it needs is installed.
+    one_by_one: Lanes after one another; under `vmap` what is done now and then is done always.
+    trainer: In place of `build`, for what is no transformation of gradients: `start` and
+      `advance` in Python, of one lane.
+    possible: On which tasks.
+    period: Of what is done now and then, in steps, on a task.
   """
 
-  build: Callable[[Problem, Any], optax.GradientTransformation]
+  build: Callable[[Problem, Any], optax.GradientTransformation] | None
   available: bool = True
+  one_by_one: bool = False
+  trainer: Callable[[Problem], Trainer] | None = None
+  possible: Callable[[Problem], bool] = lambda problem: True
+  period: Callable[[Problem], int] = lambda problem: 1
+
+
+def _installed(name: str) -> bool:
+  return importlib.util.find_spec(name) is not None
+
+
+def _runs(name: str) -> bool:
+  """Whether a package is there and can be imported, which depends on the version of JAX."""
+  if not _installed(name):
+    return False
+  try:
+    importlib.import_module(name)
+  except Exception:
+    return False
+  return True
 
 
 def _rollfast(name: str, sized: bool = True, **options: Any) -> Program:
-  installed = importlib.util.find_spec('rollfast') is not None
-  return Program(functools.partial(of_rollfast, name=name, sized=sized, **options), installed)
+  build = functools.partial(of_rollfast, name=name, sized=sized, **options)
+  return Program(build, _installed('rollfast'))
 
 
 PROGRAMS = {
@@ -225,13 +369,19 @@ PROGRAMS = {
   'adamw': Program(adamw),
   'muon': Program(muon),
   'spectral_newton': Program(spectral_newton),
-  'measured_online': Program(measured_online, hasattr(spectral_optax, 'measured_alpha')),
+  'measured_online': Program(
+    measured_online, one_by_one=True, period=lambda problem: problem.task.every
+  ),
   'contramuon': _rollfast('contramuon'),
   'normuon': _rollfast('normuon'),
   'contranormuon': _rollfast('contranormuon'),
   'aurora': _rollfast('aurora'),
   'prism': _rollfast('prism'),
   'psgd_kron': _rollfast('kron', sized=False),
+  'shampoo': Program(shampoo, _installed('optax_shampoo'), period=lambda problem: PERIOD),
+  'kfac': Program(
+    None, _runs('kfac_jax'), trainer=kfac, possible=has_no_state, period=lambda problem: PERIOD
+  ),
 }
 
 # ---------------------------------------------------------------------------------
@@ -262,6 +412,7 @@ class Contestant:
     first_rate: Of its grid.
     knob: Name and values of what is tuned beside the learning rate; empty: a finer grid.
     numbers: Of its lanes, from the task, the seed and the knob.
+    possible: On which tasks; not where its program is not.
   """
 
   name: str
@@ -270,6 +421,11 @@ class Contestant:
   first_rate: float = FIRST_RATE
   knob: tuple[str, tuple[float, ...]] = ('', ())
   numbers: Callable[[Problem, int, float], Lane] = lambda problem, seed, knob: {}
+  possible: Callable[[Problem], bool] = lambda problem: True
+
+  def can_run(self, problem: Problem) -> bool:
+    """On this task."""
+    return self.possible(problem) and PROGRAMS[self.program].possible(problem)
 
   def grid(self) -> list[tuple[float, float | None]]:
     """Learning rate and knob of each trial."""
@@ -354,14 +510,15 @@ TURNS = ('turn', (0.06, 0.03))
 BY_MOMENTUM = ('momentum', MOMENTA)
 
 
-def contestants(
-  measured: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
-) -> dict[str, Contestant]:
+Measured = Mapping[str, Mapping[str, Any]]  # By task, what `_measured.measure` gives.
+
+
+def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
   """All of them.
 
   Args:
-    measured: By task and path, what was measured before training: ``{"alpha": α, "gamma": γ}``.
-      Without it, the contestants that need it are not there.
+    measured: What was measured before training. A contestant that needs it is possible on the
+      tasks that are in it.
   """
   entries = [
     Contestant('sgd', 'sgd', 'SGD, momentum', 8 * FIRST_RATE, BY_MOMENTUM),
@@ -421,47 +578,57 @@ def contestants(
       )
       for suffix, order in (('', ''), ('_shuffled', 'shuffled'), ('_reversed', 'reversed'))
     ),
+    *_of_measured({} if measured is None else measured),
     Contestant('measured_online', 'measured_online', 'Spectral Newton, α measured online'),
+    Contestant('shampoo', 'shampoo', 'Shampoo (optax-shampoo)', FIRST_RATE, ('b2', (0.999, 0.95))),
+    Contestant('kfac', 'kfac', 'K-FAC (kfac-jax)', 2 * FIRST_RATE, ('lambda', (0.1, 0.01))),
   ]
-  if measured is not None:
-    entries += _of_measured(measured)
   return {c.name: c for c in entries}
 
 
-def _of_measured(
-  measured: Mapping[str, Mapping[str, Mapping[str, float]]],
-) -> Iterable[Contestant]:
-  def of(problem: Problem, name: str) -> dict[str, float]:
-    values = measured[problem.task.name]
-    return {path: values[path][name] for path in problem.matrices}
+def _of_measured(measured: Measured) -> Iterable[Contestant]:
+  def possible(problem: Problem) -> bool:
+    found = measured.get(problem.task.name)
+    return found is not None and found['network'] == _measured.network(problem)
 
-  def numbers(order: str) -> Callable[[Problem, int, float], Lane]:
+  def numbers(form: str, order: str) -> Callable[[Problem, int, float], Lane]:
     def made(problem: Problem, seed: int, knob: float) -> Lane:
-      # What is outside of this has hardly been fitted.
-      alphas = {p: min(max(a, 0.5), 3.0) for p, a in of(problem, 'alpha').items()}
-      return {'alpha': compact(arranged(alphas, order, seed)), 'turn': knob}
+      # σ* stays that of the defaults, as where a user gives α alone.
+      alphas = measured[problem.task.name][form]['alpha']
+      alphas = {path: alphas[path] for path in problem.matrices}
+      turn = default_numbers(problem, seed, knob)['turn']
+      return {'alpha': compact(arranged(alphas, order, seed)), 'turn': turn}
 
     return made
 
   def scalar(problem: Problem, seed: int, knob: float) -> Lane:
     """The learning rate of a layer times s^knob, s = αγ, over the mean of that."""
-    gamma = of(problem, 'gamma')
-    s = {p: max(a * gamma[p], 0.1) ** knob for p, a in of(problem, 'alpha').items()}
+    early = measured[problem.task.name]['early']
+    s = {p: max(early['alpha'][p] * early['gamma'][p], 0.1) ** knob for p in problem.matrices}
     mean = sum(s.values()) / len(s)
     return {'scale': compact({p: value / mean for p, value in s.items()})}
 
-  for order in ('', 'shuffled', 'reversed'):
+  when = {'before': 'before training', 'early': f'after {_measured.EARLY} steps'}
+  for form, order in (('before', ''), ('early', ''), ('early', 'shuffled'), ('early', 'reversed')):
     yield Contestant(
-      f'measured{"_" * bool(order)}{order}',
+      f'measured_{form}{"_" * bool(order)}{order}',
       'spectral_newton',
-      f'Spectral Newton, α measured before training{", " * bool(order)}{order}',
-      knob=TURNS,
-      numbers=numbers(order),
+      f'Spectral Newton, α measured {when[form]}{", " * bool(order)}{order}',
+      numbers=numbers(form, order),
+      possible=possible,
     )
   yield Contestant(
-    'scalar', 'muon', 'Muon, rate × s^±1, s = αγ', knob=('power', (1.0, -1.0)), numbers=scalar
+    'scalar',
+    'muon',
+    'Muon, rate × s^±1, s = αγ',
+    knob=('power', (1.0, -1.0)),
+    numbers=scalar,
+    possible=possible,
   )
 
+
+# What took part how, and what could not; under every table.
+NOTES: tuple[str, ...] = ()
 
 # ---------------------------------------------------------------------------------
 # Maps and schedules
