@@ -289,8 +289,8 @@ def cost_note(content: Mapping[str, Any]) -> str:
   backends = ', '.join(sorted({cost['backend'] for cost in costs}))
   return (
     f'Milliseconds: median of a whole training step of one network ({backends}, two cores, JAX'
-    f' {versions}), contestants in turns, what is done every few steps at its share; where one was not'
-    ' timed, that of one with the same program, and an α that moves or does not like its own.'
+    f' {versions}), contestants in turns, what is done every few steps at its share; where one was'
+    ' not timed, that of one with the same program, and an α that moves or does not like its own.'
     ' Seconds: these times the steps, whatever machine the curves come from. FLOPs: products and'
     ' convolutions as written, forward, backward and update; ">" where decompositions or a loop'
     " that the data end are not in them. XLA's own count is not used: it takes one round of a"

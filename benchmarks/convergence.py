@@ -504,7 +504,7 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
       'knob': contestant.knob[0],
       'tuned': best,
       'runs': runs,
-      'cost': cost_of(problem, contestant, cost),
+      'cost': cost_of(problem, contestant, args.everyone, cost),
     }
 
   # What was run beside the contestants has seeds of its own.
@@ -543,18 +543,17 @@ def read_cost(work: pathlib.Path, task: _problems.Task) -> dict[str, Any]:
 
 
 def cost_of(
-  problem: _problems.Problem, contestant: _contestants.Contestant, cost: dict[str, Any]
+  problem: _problems.Problem,
+  contestant: _contestants.Contestant,
+  everyone: Iterable[_contestants.Contestant],
+  cost: dict[str, Any],
 ) -> dict[str, Any] | None:
   """That of a contestant, or of one with the same step: program, and α that moves or does not."""
   moves = lambda of: 'alpha_end' in of.lane(problem, 0, *of.grid()[0])
-  everyone = _contestants.contestants()
-  for name in (contestant.name, *cost):
-    if name not in cost or name != contestant.name and name not in everyone:
-      continue
-    other = everyone.get(name, contestant)
-    alike = other.program == contestant.program and moves(other) == moves(contestant)
-    if name == contestant.name or (alike and other.can_run(problem)):
-      return {**cost[name], 'of': name}
+  for other in (contestant, *everyone):
+    known = other.name in cost and other.can_run(problem)
+    if known and other.program == contestant.program and moves(other) == moves(contestant):
+      return {**cost[other.name], 'of': other.name}
   return None
 
 
