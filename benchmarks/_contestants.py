@@ -423,9 +423,12 @@ PROGRAMS = {
   'prism': _rollfast('prism'),
   'psgd_kron': _rollfast('kron', sized=False),
   'shampoo': Program(
-    shampoo, _installed('optax_shampoo'), period=lambda problem: problem.task.every
+    shampoo,
+    _installed('optax_shampoo'),
+    one_by_one=True,
+    period=lambda problem: problem.task.every,
   ),
-  'soap': Program(soap, _installed('levanter'), period=lambda problem: PERIOD),
+  'soap': Program(soap, _installed('levanter'), one_by_one=True, period=lambda problem: PERIOD),
   'kfac': Program(
     None, _runs('kfac_jax'), trainer=kfac, possible=has_no_state, period=lambda problem: PERIOD
   ),
