@@ -680,20 +680,22 @@ def _of_measured(measured: Measured) -> Iterable[Contestant]:
 
 # What took part how, and what could not; under every table.
 NOTES = (
-  'Packages: rollfast 1.3.0 (Python 3.12 and later). optax-shampoo 0.0.6, of 2022, runs on JAX 0.12'
-  ' with two of its names lent to it (`tree_map`, a loop whose start is a bool and whose body'
-  ' gives a float); its updates take their size from RMSProp, inverse roots every 25 or 30'
-  ' steps.'
-  ' kfac-jax 0.0.8: with JAX 0.12 its import fails (`jax.core.Effects`); with 0.9 and 0.10 it'
-  ' imports, and its steps fail (`get_bind_params` gives one value, not two) unless that one'
-  ' function is replaced, as here; run on JAX 0.10.2, inverses every 5 steps, damping constant.'
-  ' It is not asked to train networks with running averages. SOAP: no package of its own for JAX;'
-  ' that of marin-levanter 0.2.227 runs on the JAX 0.11 that it brings, eigenbases every 5 steps.',
-  'α measured before training: of a fresh network, and after 50 to 60 steps, one seed that is not'
-  ' reported, the default where the fit is poor. On the transformer no fit of a fresh network is'
-  ' good, so that this one is the defaults there. Online: every 25 or 30 steps, 8 directions, on'
-  ' the whole batch. σ* is that of the defaults in all three, which so have no second knob, and'
-  ' twice as many learning rates.',
+  'rollfast 1.3.0 needs Python 3.12 or later.',
+  'Shampoo: optax-shampoo 0.0.6, of 2022, on JAX 0.12. It calls `jax.tree_map` and starts a loop'
+  ' with a bool that becomes a float, neither of which JAX has any more; both are lent to it. Its'
+  ' updates take their size from RMSProp; inverse roots every 25 or 30 steps.',
+  'K-FAC: kfac-jax 0.0.8 on JAX 0.10.2. On JAX 0.12 its import fails (`jax.core.Effects` is gone).'
+  ' On 0.9 and 0.10 its steps do ("too many values to unpack": `get_bind_params` gives one value'
+  ' now), unless that one function is replaced, as here. Inverses every 5 steps, constant damping.'
+  ' Not for networks with running averages.',
+  'SOAP: no package of its own for JAX is on PyPI. That in marin-levanter 0.2.227 needs a mesh, or'
+  ' its sharding constraints replaced, as here; on the JAX 0.11.2 that it brings. Eigenbases every'
+  ' 5 steps.',
+  'α measured before training: on one seed that is not reported, of a fresh network, and after 50'
+  ' steps (or 60); the default where a fit is poor. Of the fresh transformer no fit is good, so'
+  ' that this contestant is the defaults there. Online: every 25 or 30 steps, 8 directions, on the'
+  ' whole batch. σ* is that of the defaults in all of these, which have no second knob, and so twice as'
+  ' many learning rates.',
 )
 
 # ---------------------------------------------------------------------------------

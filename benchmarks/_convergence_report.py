@@ -306,7 +306,7 @@ BEGIN = '<!-- convergence: from here on made by benchmarks/convergence.py --repo
 END = '<!-- convergence: to here -->'
 SHOWN = (
   *('adamw', 'muon', 'spectral_newton', 'measured_before', 'measured_early', 'measured_online'),
-  *('shampoo', 'kfac'),
+  *('shampoo', 'soap', 'kfac'),
 )
 NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normalisation',
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
@@ -320,7 +320,7 @@ def readme_part(content: Mapping[str, Any]) -> str:
   heads = {
     'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
     'measured_before': 'α measured before', 'measured_early': 'α measured after 50 steps',
-    'measured_online': 'α measured online', 'shampoo': 'Shampoo', 'kfac': 'K-FAC',
+    'measured_online': 'α measured online', 'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
   }  # fmt: skip
   there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
 
