@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import optax
 from _problems import Params, Problem
+from jax.core import Tracer
 
 import spectral_optax
 from spectral_optax import exponents, layout
@@ -125,7 +126,7 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
 
   def number(i: int) -> bool:
     """Whether α is known and stays: then T is fitted once, before the training."""
-    known = not isinstance(lane['alpha'], jax.core.Tracer)
+    known = not isinstance(lane['alpha'], Tracer)
     return known and lane['alpha'][i] == lane['alpha_end'][i]
 
   by_path = lambda of: {
@@ -320,7 +321,7 @@ def kfac(problem: Problem) -> Trainer:
     kfac_jax.register_softmax_cross_entropy_loss(logits, y)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-  no_state = problem.init(np.uint32(0))[1]
+  no_state = problem.init(jax.numpy.uint32(0))[1]
   optimizer = kfac_jax.Optimizer(
     jax.value_and_grad(loss),
     l2_reg=WEIGHT_DECAY,
@@ -353,7 +354,7 @@ def kfac(problem: Problem) -> Trainer:
         global_step_int=count,
       )
       losses.append(found['loss'])
-    return (jax.tree.map(lambda x: x[None], params), rest, state), np.mean(losses)[None]
+    return (jax.tree.map(lambda x: x[None], params), rest, state), np.asarray([np.mean(losses)])
 
   return start, advance
 
@@ -694,8 +695,8 @@ NOTES = (
   'α measured before training: on one seed that is not reported, of a fresh network, and after 50'
   ' steps (or 60); the default where a fit is poor. Of the fresh transformer no fit is good, so'
   ' that this contestant is the defaults there. Online: every 25 or 30 steps, 8 directions, on the'
-  ' whole batch. σ* is that of the defaults in all of these, which have no second knob, and so twice as'
-  ' many learning rates.',
+  ' whole batch. σ* is that of the defaults in all of these, which have no second knob, and so'
+  ' twice as many learning rates.',
 )
 
 # ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ not reported.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from _problems import Build, Problem
 
@@ -41,7 +42,7 @@ def measure(problem: Problem, build: Build, lane: Any, progress: bool = False) -
   samples = problem.samples(seed)
   # The last ones: not what the first steps have seen.
   count = SAMPLES // 4 if problem.task.data == 'bytes' else SAMPLES
-  x, y = problem.batch(problem.arrays, samples.reshape(-1)[-count:])
+  x, y = problem.batch(problem.arrays, jnp.asarray(samples.reshape(-1)[-count:]))
 
   # One function of both, so that what it is compiled to serves both.
   def loss(params, batch):

@@ -14,8 +14,17 @@ from _problems import Problem
 SECONDS = 6.0  # Of one contestant, at most, over all rounds.
 
 
+FEWEST_STEPS = 5  # In one call.
+
+
+def steps_at_once(problem: Problem, program: str) -> int:
+  """In one call: what is done now and then is done once in them."""
+  period = _contestants.PROGRAMS[program].period(problem)
+  return FEWEST_STEPS if period == 1 else period
+
+
 class Training(_measure.Racer):
-  """As many steps as are advanced at once: what is done now and then is done once in them."""
+  """Some steps in one call."""
 
   def compile(self, grads: Any, params: Any) -> None:
     """Unless it compiles itself."""
@@ -26,22 +35,23 @@ class Training(_measure.Racer):
 def training(problem: Problem, name: str, program: str, lane: Any) -> Training:
   """Of a network of its own, with numbers that are known, as a user has them."""
   of = _contestants.PROGRAMS[program]
-  numbers = _contestants.traced(problem, lane)
+  numbers, steps = _contestants.traced(problem, lane), steps_at_once(problem, program)
   if of.trainer is not None:
     start, advance = of.trainer(problem)
     lanes = jax.tree.map(lambda x: np.asarray(x)[None], numbers)
 
-    def several(which, carry, arrays):
-      carry, loss = advance(carry, lanes, which[None], arrays)
+    def as_it_is(which, carry, arrays):
+      carry, loss = advance(carry, lanes, which[None, :steps], arrays)
       return loss, carry
 
-    racer = Training(name, several, start(lanes))
-    racer.compiled = several
+    racer = Training(name, as_it_is, start(lanes))
+    racer.compiled = as_it_is
     return racer
+  assert of.build is not None
   build = functools.partial(of.build, problem)
 
   def several(which, carry, arrays):
-    carry, loss = problem.advance(lambda _: build(numbers), carry, None, which, arrays)
+    carry, loss = problem.advance(lambda _: build(numbers), carry, None, which[:steps], arrays)
     return loss, carry
 
   begin = jax.jit(lambda seed: problem.start(lambda _: build(numbers), {'seed': seed}))
@@ -82,15 +92,15 @@ def time_steps(
   """
   title = problem.task.name
   racers = [training(problem, name, *of) for name, of in chosen.items()]
-  every = problem.task.every
-  which = jax.numpy.asarray(problem.samples(0)[:every])
+  steps = {name: steps_at_once(problem, program) for name, (program, _) in chosen.items()}
+  which = jax.numpy.asarray(problem.samples(0)[: max(steps.values(), default=1)])
   _measure.compile_all(racers, which, problem.arrays, times=1, title=title, quiet=quiet)
   _measure.race(
     racers, which, problem.arrays, rounds=rounds, seconds=SECONDS, title=title, quiet=quiet
   )
   return {
     racer.name: {
-      'milliseconds': float(np.nanmedian(racer.seconds)) * 1e3 / every,
+      'milliseconds': float(np.nanmedian(racer.seconds)) * 1e3 / steps[racer.name],
       **flops(problem, chosen[racer.name][0], racer),
       'jax': jax.__version__,
       'backend': jax.default_backend(),

@@ -173,6 +173,7 @@ class Runner:
         self._compiled = [pool.submit(lambda: advance), pool.submit(lambda: start)]
         carry = jax.eval_shape(jax.vmap(problem.init), lanes['seed'])
       else:
+        assert program.build is not None
         build = functools.partial(program.build, problem)
         start = jax.vmap(functools.partial(problem.start, build))
         carry = jax.eval_shape(start, lanes)
