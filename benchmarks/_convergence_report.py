@@ -169,7 +169,7 @@ def trained_on(task: Mapping[str, Any]) -> str:
     for backend in sorted({run.get('backend', '') for run in of['runs']}):
       found.setdefault(backend, []).append(of['what'])
   usual = max(found, key=lambda backend: len(found[backend]), default='')
-  others = [f'on {b}: {", ".join(names)}' for b, names in found.items() if b != usual]
+  others = [f'on {b}: {"; ".join(names)}' for b, names in found.items() if b != usual]
   return f' Trained on {usual}; {"; ".join(others)}.' if others else ''
 
 

@@ -14,13 +14,13 @@ from _problems import Problem
 SECONDS = 6.0  # Of one contestant, at most, over all rounds.
 
 
-FEWEST_STEPS = 5  # In one call.
-
-
 def steps_at_once(problem: Problem, program: str) -> int:
-  """In one call: what is done now and then is done once in them."""
-  period = _contestants.PROGRAMS[program].period(problem)
-  return FEWEST_STEPS if period == 1 else period
+  """In one call: one, or so many that what is done now and then is done once in them.
+
+  One where it will do, and not in a loop: there XLA's convolutions took 17 times as long, on a
+  CPU.
+  """
+  return _contestants.PROGRAMS[program].period(problem)
 
 
 class Training(_measure.Racer):
@@ -51,7 +51,10 @@ def training(problem: Problem, name: str, program: str, lane: Any) -> Training:
   build = functools.partial(of.build, problem)
 
   def several(which, carry, arrays):
-    carry, loss = problem.advance(lambda _: build(numbers), carry, None, which[:steps], arrays)
+    if steps == 1:
+      carry, loss = problem.step(build(numbers), carry, which[0], arrays)
+    else:
+      carry, loss = problem.advance(lambda _: build(numbers), carry, None, which[:steps], arrays)
     return loss, carry
 
   begin = jax.jit(lambda seed: problem.start(lambda _: build(numbers), {'seed': seed}))
