@@ -14,10 +14,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import _measured
 import jax
 import numpy as np
 import optax
 from _problems import Params, Problem
+from jax.core import Tracer
 
 import spectral_optax
 from spectral_optax import exponents, layout
@@ -29,7 +31,7 @@ TUNING_SEEDS = (100, 101)
 
 Lane = dict[str, Any]  # Numbers, and by path for those that each matrix has its own of.
 PER_MATRIX = {'alpha': 1.5, 'alpha_end': None, 'turn': 0.06, 'scale': 1.0}
-PER_LANE = {'rate': None, 'momentum': 0.95, 'b2': 0.999}
+PER_LANE = {'rate': None, 'momentum': 0.95, 'b2': 0.999, 'lambda': 0.01}
 
 
 def traced(problem: Problem, lane: Lane) -> dict[str, np.ndarray]:
@@ -122,7 +124,14 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
   def damping(i: int) -> optax.Schedule:
     return lambda count: lane['turn'][i] ** alpha(i)(count)
 
-  by_path = lambda of: {path: of(i) for i, path in enumerate(problem.matrices)}
+  def number(i: int) -> bool:
+    """Whether α is known and stays: then T is fitted once, before the training."""
+    known = not isinstance(lane['alpha'], Tracer)
+    return known and lane['alpha'][i] == lane['alpha_end'][i]
+
+  by_path = lambda of: {
+    path: float(of(i)(0)) if number(i) else of(i) for i, path in enumerate(problem.matrices)
+  }
   return optax.chain(
     spectral_optax.spectral_newton(
       schedule(problem, lane),
@@ -139,12 +148,14 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
 
 
 def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation:
-  """Ours, with the exponent measured as it trains."""
-  rule = spectral_optax.measured_alpha(every=25, top_k=8)  # type: ignore
+  """Ours, with the exponent measured as it trains, and σ* that of the defaults."""
+  rule = spectral_optax.measured_alpha(every=problem.task.every, top_k=8)
   return spectral_optax.spectral_newton(
     schedule(problem, lane),
     alpha=rule,
     momentum=lane['momentum'],
+    solver='polynomial',
+    tolerance=TOLERANCE,
     update_rms=UPDATE_RMS,
     weight_decay=WEIGHT_DECAY,
   )
@@ -202,22 +213,200 @@ def of_rollfast(
   return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
 
 
+def shampoo(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  """Shampoo of the package optax-shampoo on the matrices, AdamW on the rest.
+
+  Its updates have the size of RMSProp's (grafting). The package is of 2022; `_OldJax` lends it
+  what JAX has dropped since.
+  """
+  package = importlib.import_module('optax_shampoo.distributed_shampoo')
+  package.jax, package.lax = _OldJax(), _OldLax()  # type: ignore
+  rate = schedule(problem, lane)
+  matrices = optax.chain(
+    package.distributed_shampoo(
+      1.0,
+      block_size=128,
+      beta2=lane['b2'],
+      graft_type=package.GraftingType.RMSPROP,
+      moving_average_for_momentum=True,
+      preconditioning_compute_steps=problem.task.every,
+      generate_training_metrics=False,
+    ),
+    optax.scale(-1.0),  # The package's own rate has made it a descent.
+    optax.add_decayed_weights(WEIGHT_DECAY),
+    optax.scale_by_learning_rate(rate),
+  )
+  return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
+
+
+class _OldJax:
+  """`jax`, with the names of 2022."""
+
+  tree_map = staticmethod(jax.tree.map)
+  tree_flatten = staticmethod(jax.tree.flatten)
+  tree_unflatten = staticmethod(jax.tree.unflatten)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(jax, name)
+
+
+class _OldLax:
+  """`jax.lax`, whose loops made a number of a bool where their body does."""
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(jax.lax, name)
+
+  @staticmethod
+  def while_loop(condition: Any, body: Any, start: Any) -> Any:
+    after = jax.eval_shape(body, start)
+    same = lambda x, like: jax.lax.convert_element_type(x, like.dtype)
+    return jax.lax.while_loop(condition, body, jax.tree.map(same, start, after))
+
+
+def soap(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  """SOAP of the package marin-levanter on the matrices, AdamW on the rest."""
+  package: Any = importlib.import_module('levanter.optim.soap')
+  haliax: Any = importlib.import_module('haliax')
+  # Of one device, and without a mesh.
+  package.safe_sharding_constraint = lambda x, _: x
+  basis = package.scale_by_soap(
+    b1=0.95,
+    b2=lane['b2'],
+    shampoo_beta=0.95,
+    precondition_frequency=PERIOD,
+    partition_grads_into_blocks=False,
+  )
+
+  def init(params):
+    with haliax.axis_mapping({}):
+      return basis.init(params)
+
+  def update(updates, state, params=None):
+    with haliax.axis_mapping({}):
+      return basis.update(updates, state, params)
+
+  rate = schedule(problem, lane)
+  matrices = optax.chain(
+    optax.GradientTransformation(init, update),
+    optax.add_decayed_weights(WEIGHT_DECAY),
+    optax.scale_by_learning_rate(rate),
+  )
+  return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
+
+
+Trainer = tuple[Callable[..., Any], Callable[..., Any]]  # `start` and `advance`, of one lane.
+
+
+def kfac(problem: Problem) -> Trainer:
+  """K-FAC of the package kfac-jax, which jits its own steps.
+
+  Its release 0.0.8 is one of before JAX 0.9, where a function that it calls gives back something
+  else; JAX 0.12 it cannot be imported under.
+  """
+  kfac_jax: Any = importlib.import_module('kfac_jax')
+  matcher: Any = importlib.import_module('kfac_jax._src.tag_graph_matcher')
+
+  def evaluate(equation, values):
+    """Of a jaxpr; since JAX 0.9 its parameters are in one piece."""
+    parameters = equation.primitive.get_bind_params(equation.params)
+    found = equation.primitive.bind(*values, **parameters)
+    return found if equation.primitive.multiple_results else [found]
+
+  matcher.eval_jaxpr_eqn = evaluate
+
+  def loss(params, batch):
+    x, y = batch
+    logits, _ = problem.apply(params, no_state, x, train=True)
+    logits, y = logits.reshape(-1, logits.shape[-1]), y.reshape(-1)
+    kfac_jax.register_softmax_cross_entropy_loss(logits, y)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  no_state = problem.init(jax.numpy.uint32(0))[1]
+  optimizer = kfac_jax.Optimizer(
+    jax.value_and_grad(loss),
+    l2_reg=WEIGHT_DECAY,
+    num_burnin_steps=0,
+    inverse_update_period=PERIOD,
+  )
+  batch = jax.jit(problem.batch)
+  first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+
+  def start(lanes):
+    lane = first(lanes)
+    params, rest = problem.init(lane['seed'])
+    some = batch(problem.arrays, problem.samples(int(lane['seed']))[0])
+    state = optimizer.init(params, jax.random.PRNGKey(lane['seed']), some)
+    return *jax.tree.map(lambda x: x[None], (params, rest)), state
+
+  def advance(carry, lanes, which, arrays):
+    lane, params, rest, state = first(lanes), first(carry[0]), carry[1], carry[2]
+    rate, losses = schedule(problem, lane), []
+    begin = int(state.step_counter)
+    for count, some in enumerate(which[0], begin):
+      params, state, found = optimizer.step(
+        params,
+        state,
+        jax.random.fold_in(jax.random.PRNGKey(lane['seed']), count),
+        batch=batch(arrays, some),
+        learning_rate=rate(count),
+        momentum=lane['momentum'],
+        damping=lane['lambda'],
+        global_step_int=count,
+      )
+      losses.append(found['loss'])
+    return (jax.tree.map(lambda x: x[None], params), rest, state), np.asarray([np.mean(losses)])
+
+  return start, advance
+
+
+def has_no_state(problem: Problem) -> bool:
+  """Whether the network is its parameters alone, without running averages."""
+  return not jax.tree.leaves(jax.eval_shape(problem.init, np.uint32(0))[1])
+
+
+PERIOD = 5  # Steps between two bases of SOAP, and two inversions of K-FAC.
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """An optimizer whose numbers are traced.
 
   Attributes:
-    build: From the task and what is traced of a lane.
+    build: From the task and what is traced of a lane; None where there is a trainer.
     available: Whether what it needs is installed.
+    one_by_one: Lanes after one another; under `vmap` what is done now and then is done always.
+    trainer: In place of `build`, for what is no transformation of gradients: `start` and
+      `advance` in Python, of one lane.
+    possible: On which tasks.
+    period: Of what is done now and then, in steps, on a task.
   """
 
-  build: Callable[[Problem, Any], optax.GradientTransformation]
+  build: Callable[[Problem, Any], optax.GradientTransformation] | None
   available: bool = True
+  one_by_one: bool = False
+  trainer: Callable[[Problem], Trainer] | None = None
+  possible: Callable[[Problem], bool] = lambda problem: True
+  period: Callable[[Problem], int] = lambda problem: 1
+
+
+def _installed(name: str) -> bool:
+  return importlib.util.find_spec(name) is not None
+
+
+def _runs(name: str) -> bool:
+  """Whether a package is there and can be imported, which depends on the version of JAX."""
+  if not _installed(name):
+    return False
+  try:
+    importlib.import_module(name)
+  except Exception:
+    return False
+  return True
 
 
 def _rollfast(name: str, sized: bool = True, **options: Any) -> Program:
-  installed = importlib.util.find_spec('rollfast') is not None
-  return Program(functools.partial(of_rollfast, name=name, sized=sized, **options), installed)
+  build = functools.partial(of_rollfast, name=name, sized=sized, **options)
+  return Program(build, _installed('rollfast'))
 
 
 PROGRAMS = {
@@ -225,13 +414,25 @@ PROGRAMS = {
   'adamw': Program(adamw),
   'muon': Program(muon),
   'spectral_newton': Program(spectral_newton),
-  'measured_online': Program(measured_online, hasattr(spectral_optax, 'measured_alpha')),
+  'measured_online': Program(
+    measured_online, one_by_one=True, period=lambda problem: problem.task.every
+  ),
   'contramuon': _rollfast('contramuon'),
   'normuon': _rollfast('normuon'),
   'contranormuon': _rollfast('contranormuon'),
   'aurora': _rollfast('aurora'),
   'prism': _rollfast('prism'),
   'psgd_kron': _rollfast('kron', sized=False),
+  'shampoo': Program(
+    shampoo,
+    _installed('optax_shampoo'),
+    one_by_one=True,
+    period=lambda problem: problem.task.every,
+  ),
+  'soap': Program(soap, _installed('levanter'), one_by_one=True, period=lambda problem: PERIOD),
+  'kfac': Program(
+    None, _runs('kfac_jax'), trainer=kfac, possible=has_no_state, period=lambda problem: PERIOD
+  ),
 }
 
 # ---------------------------------------------------------------------------------
@@ -262,6 +463,7 @@ class Contestant:
     first_rate: Of its grid.
     knob: Name and values of what is tuned beside the learning rate; empty: a finer grid.
     numbers: Of its lanes, from the task, the seed and the knob.
+    possible: On which tasks; not where its program is not.
   """
 
   name: str
@@ -270,6 +472,11 @@ class Contestant:
   first_rate: float = FIRST_RATE
   knob: tuple[str, tuple[float, ...]] = ('', ())
   numbers: Callable[[Problem, int, float], Lane] = lambda problem, seed, knob: {}
+  possible: Callable[[Problem], bool] = lambda problem: True
+
+  def can_run(self, problem: Problem) -> bool:
+    """On this task."""
+    return self.possible(problem) and PROGRAMS[self.program].possible(problem)
 
   def grid(self) -> list[tuple[float, float | None]]:
     """Learning rate and knob of each trial."""
@@ -354,14 +561,15 @@ TURNS = ('turn', (0.06, 0.03))
 BY_MOMENTUM = ('momentum', MOMENTA)
 
 
-def contestants(
-  measured: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
-) -> dict[str, Contestant]:
+Measured = Mapping[str, Mapping[str, Any]]  # By task, what `_measured.measure` gives.
+
+
+def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
   """All of them.
 
   Args:
-    measured: By task and path, what was measured before training: ``{"alpha": α, "gamma": γ}``.
-      Without it, the contestants that need it are not there.
+    measured: What was measured before training. A contestant that needs it is possible on the
+      tasks that are in it.
   """
   entries = [
     Contestant('sgd', 'sgd', 'SGD, momentum', 8 * FIRST_RATE, BY_MOMENTUM),
@@ -421,47 +629,75 @@ def contestants(
       )
       for suffix, order in (('', ''), ('_shuffled', 'shuffled'), ('_reversed', 'reversed'))
     ),
+    *_of_measured({} if measured is None else measured),
     Contestant('measured_online', 'measured_online', 'Spectral Newton, α measured online'),
+    Contestant('shampoo', 'shampoo', 'Shampoo (optax-shampoo)', FIRST_RATE, ('b2', (0.999, 0.95))),
+    Contestant('soap', 'soap', 'SOAP (levanter)', FIRST_RATE, ('b2', (0.999, 0.95))),
+    Contestant('kfac', 'kfac', 'K-FAC (kfac-jax)', FIRST_RATE, ('lambda', (1.0, 0.1))),
   ]
-  if measured is not None:
-    entries += _of_measured(measured)
   return {c.name: c for c in entries}
 
 
-def _of_measured(
-  measured: Mapping[str, Mapping[str, Mapping[str, float]]],
-) -> Iterable[Contestant]:
-  def of(problem: Problem, name: str) -> dict[str, float]:
-    values = measured[problem.task.name]
-    return {path: values[path][name] for path in problem.matrices}
+def _of_measured(measured: Measured) -> Iterable[Contestant]:
+  def possible(problem: Problem) -> bool:
+    found = measured.get(problem.task.name)
+    return found is not None and found['network'] == _measured.network(problem)
 
-  def numbers(order: str) -> Callable[[Problem, int, float], Lane]:
+  def numbers(form: str, order: str) -> Callable[[Problem, int, float], Lane]:
     def made(problem: Problem, seed: int, knob: float) -> Lane:
-      # What is outside of this has hardly been fitted.
-      alphas = {p: min(max(a, 0.5), 3.0) for p, a in of(problem, 'alpha').items()}
-      return {'alpha': compact(arranged(alphas, order, seed)), 'turn': knob}
+      # σ* stays that of the defaults, as where a user gives α alone.
+      alphas = measured[problem.task.name][form]['alpha']
+      alphas = {path: alphas[path] for path in problem.matrices}
+      turn = default_numbers(problem, seed, knob)['turn']
+      return {'alpha': compact(arranged(alphas, order, seed)), 'turn': turn}
 
     return made
 
   def scalar(problem: Problem, seed: int, knob: float) -> Lane:
     """The learning rate of a layer times s^knob, s = αγ, over the mean of that."""
-    gamma = of(problem, 'gamma')
-    s = {p: max(a * gamma[p], 0.1) ** knob for p, a in of(problem, 'alpha').items()}
+    early = measured[problem.task.name]['early']
+    s = {p: max(early['alpha'][p] * early['gamma'][p], 0.1) ** knob for p in problem.matrices}
     mean = sum(s.values()) / len(s)
     return {'scale': compact({p: value / mean for p, value in s.items()})}
 
-  for order in ('', 'shuffled', 'reversed'):
+  when = {'before': 'before training', 'early': f'after {_measured.EARLY} steps'}
+  for form, order in (('before', ''), ('early', ''), ('early', 'shuffled'), ('early', 'reversed')):
     yield Contestant(
-      f'measured{"_" * bool(order)}{order}',
+      f'measured_{form}{"_" * bool(order)}{order}',
       'spectral_newton',
-      f'Spectral Newton, α measured before training{", " * bool(order)}{order}',
-      knob=TURNS,
-      numbers=numbers(order),
+      f'Spectral Newton, α measured {when[form]}{", " * bool(order)}{order}',
+      numbers=numbers(form, order),
+      possible=possible,
     )
   yield Contestant(
-    'scalar', 'muon', 'Muon, rate × s^±1, s = αγ', knob=('power', (1.0, -1.0)), numbers=scalar
+    'scalar',
+    'muon',
+    'Muon, rate × s^±1, s = αγ',
+    knob=('power', (1.0, -1.0)),
+    numbers=scalar,
+    possible=possible,
   )
 
+
+# What took part how, and what could not; under every table.
+NOTES = (
+  'rollfast 1.3.0 needs Python 3.12 or later.',
+  'Shampoo: optax-shampoo 0.0.6, of 2022, on JAX 0.12. It calls `jax.tree_map` and starts a loop'
+  ' with a bool that becomes a float, neither of which JAX has any more; both are lent to it. Its'
+  ' updates take their size from RMSProp; inverse roots every 25 or 30 steps.',
+  'K-FAC: kfac-jax 0.0.8 on JAX 0.10.2. On JAX 0.12 its import fails (`jax.core.Effects` is gone).'
+  ' On 0.9 and 0.10 its steps do ("too many values to unpack": `get_bind_params` gives one value'
+  ' now), unless that one function is replaced, as here. Inverses every 5 steps, constant damping.'
+  ' Not for networks with running averages.',
+  'SOAP: no package of its own for JAX is on PyPI. That in marin-levanter 0.2.227 needs a mesh, or'
+  ' its sharding constraints replaced, as here; on the JAX 0.11.2 that it brings. Eigenbases every'
+  ' 5 steps.',
+  'α measured before training: on one seed that is not reported, of a fresh network, and after 50'
+  ' steps (or 60); the default where a fit is poor. Of the fresh transformer no fit is good, so'
+  ' that this contestant is the defaults there. Online: every 25 or 30 steps, 8 directions, on the'
+  ' whole batch. σ* is that of the defaults in all of these, which have no second knob, and so'
+  ' twice as many learning rates.',
+)
 
 # ---------------------------------------------------------------------------------
 # Maps and schedules

@@ -83,6 +83,11 @@ def summary(task: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
       row['reached'] = sum(r is not None for r in reached)
       # Those that never get there count with the whole of the run.
       row['steps'] = float(np.mean([total if r is None else r for r in reached]))
+      if cost := of.get('cost'):
+        row['milliseconds'], row['at_least'] = cost['milliseconds'], cost['at_least']
+        row['seconds'] = row['steps'] * cost['milliseconds'] / 1e3
+        if cost['flops'] is not None:
+          row['flops'] = row['steps'] * cost['flops']
     rows[name] = row
   return dict(sorted(rows.items(), key=lambda item: _or_last(item[1]['test_loss'][0])))
 
@@ -114,14 +119,16 @@ def plus_minus(pair: tuple[float, float] | None, digits: int, sign: str = '') ->
 
 def contestants_table(task: Mapping[str, Any]) -> str:
   """Of one task, the best first."""
-  columns = ['', 'test loss', 'accuracy %', '- AdamW', '- Muon', 'steps to Muon', 'rate', 'knob']
+  columns = ['', 'test loss', 'accuracy %', '- AdamW', '- Muon', 'steps to Muon', 'ms a step']
+  columns += ['s to Muon', 'GFLOP to Muon', 'rate', 'knob']
   rows = []
   for row in summary(task).values():
     percent = tuple(100 * x for x in row['test_accuracy'])
-    reached = ''
+    reached = seconds = flops = ''
     if 'steps' in row:
       some = '' if row['reached'] == row['seeds'] else f' ({row["reached"]} of {row["seeds"]})'
       reached = f'{row["steps"]:.0f}{some}' if row['reached'] else 'never'
+      seconds, flops = (to_target(row, name) for name in ('seconds', 'flops'))
     knob = f'{row["knob_name"]} {row["knob"]:g}' if row['knob_name'] else ''
     rows.append(
       [
@@ -130,11 +137,40 @@ def contestants_table(task: Mapping[str, Any]) -> str:
         plus_minus(percent, 2),
         *(plus_minus(row.get(f'minus_{other}'), 4, '+') for other in COMPARED_WITH),
         reached,
+        significant(row['milliseconds']) if 'milliseconds' in row else '',
+        seconds,
+        flops,
         f'{row["rate"]:.3g}{" (edge)" if row["at_the_edge"] else ""}',
         knob,
       ]
     )
   return table(columns, rows)
+
+
+def to_target(row: Mapping[str, Any], name: str) -> str:
+  """Seconds or 10^9 FLOPs until the target; "never", or nothing where no step was measured."""
+  if name not in row:
+    return ''
+  if not row['reached']:
+    return 'never'
+  more = '> ' if name == 'flops' and row['at_least'] else ''
+  return more + significant(row[name] / (1e9 if name == 'flops' else 1))
+
+
+def significant(x: float) -> str:
+  """Three digits, or all that are before the point."""
+  return f'{x:.0f}' if x >= 100 else f'{x:#.3g}'
+
+
+def trained_on(task: Mapping[str, Any]) -> str:
+  """On what the runs were, where it is not the same for all."""
+  found: dict[str, list[str]] = {}
+  for of in task['contestants'].values():
+    for backend in sorted({run.get('backend', '') for run in of['runs']}):
+      found.setdefault(backend, []).append(of['what'])
+  usual = max(found, key=lambda backend: len(found[backend]), default='')
+  others = [f'on {b}: {"; ".join(names)}' for b, names in found.items() if b != usual]
+  return f' Trained on {usual}; {"; ".join(others)}.' if others else ''
 
 
 def maps_of(task: Mapping[str, Any]) -> dict[float, list[Mapping[str, Any]]]:
@@ -201,6 +237,8 @@ def references_line(task: Mapping[str, Any]) -> str:
 def markdown(content: Mapping[str, Any]) -> str:
   """All tables."""
   parts = ['# Convergence\n']
+  parts += [f'- {note}' for note in content.get('notes', ())]
+  parts += ['- ' + cost_note(content) + '\n'] if cost_note(content) else ['']
   for name, task in content['tasks'].items():
     of = task['task']
     parts.append(f'## {name}\n')
@@ -214,7 +252,7 @@ def markdown(content: Mapping[str, Any]) -> str:
       parts.append(
         f'{seeds} seeds; mean ± half of the 95 % interval; differences of the test loss, seed by'
         ' seed. Steps to the mean validation loss that Muon ends with; runs that do not get there'
-        ' count in full.\n'
+        f' count in full.{trained_on(task)}\n'
       )
     maps, paths = maps_of(task), paths_of(task)
     for momentum, cells in maps.items():
@@ -235,6 +273,127 @@ def markdown(content: Mapping[str, Any]) -> str:
       )
       parts.append(momenta_table(task['momenta']) + '\n')
   return '\n'.join(parts)
+
+
+def cost_note(content: Mapping[str, Any]) -> str:
+  """Where the seconds come from; empty where there are none."""
+  costs = [
+    of['cost']
+    for task in content['tasks'].values()
+    for of in task['contestants'].values()
+    if of.get('cost')
+  ]
+  if not costs:
+    return ''
+  versions = ', '.join(sorted({cost['jax'] for cost in costs}))
+  backends = ', '.join(sorted({cost['backend'] for cost in costs}))
+  return (
+    f'Milliseconds: median of a whole training step of one network ({backends}, two cores, JAX'
+    f' {versions}), contestants in turns, what is done every few steps at its share; where one was'
+    ' not timed, that of one with the same program, and an α that moves or does not like its own.'
+    ' Seconds: these times the steps, whatever machine the curves come from. FLOPs: products and'
+    ' convolutions as written, forward, backward and update; ">" where decompositions or a loop'
+    " that the data end are not in them. XLA's own count is not used: it takes one round of a"
+    ' loop for all of them.'
+  )
+
+
+# ---------------------------------------------------------------------------------
+# The README's part
+# ---------------------------------------------------------------------------------
+
+BEGIN = '<!-- convergence: from here on made by benchmarks/convergence.py --report -->'
+END = '<!-- convergence: to here -->'
+SHOWN = (
+  *('adamw', 'muon', 'spectral_newton', 'measured_before', 'measured_early', 'measured_online'),
+  *('shampoo', 'soap', 'kfac'),
+)
+NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normalisation',
+            'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
+DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
+SPECTRAL = ('spectral_newton', 'measured_online')  # Programs that are ours.
+
+
+def readme_part(content: Mapping[str, Any]) -> str:
+  """Test losses, and what it takes to get to Muon's final loss, of those that are shown."""
+  tasks = {name: (task, summary(task)) for name, task in content['tasks'].items()}
+  heads = {
+    'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
+    'measured_before': 'α measured before', 'measured_early': 'α measured after 50 steps',
+    'measured_online': 'α measured online', 'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
+  }  # fmt: skip
+  there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
+
+  def label(task: Mapping[str, Any]) -> str:
+    of = task['task']
+    return f'{NETWORKS[of["network"]]} {DATA[of["data"]]}, {of["steps"]}'
+
+  losses, targets = [], []
+  for task, rows in tasks.values():
+    if 'muon' not in rows:
+      continue
+    alone = {n: r for n, r in rows.items() if n not in SHOWN}
+    ours = {n: r for n, r in alone.items() if task['contestants'][n]['program'] in SPECTRAL}
+    best = min(rows, key=lambda n: _or_last(rows[n]['test_loss'][0]))
+    cells = [short(rows[n]['test_loss'], bold=n == best) if n in rows else '' for n in there]
+    said = ''
+    if ours:
+      other = next(iter(ours))
+      said = short(ours[other]['test_loss'], bold=other == best)
+      said += f' ({of_name(ours[other]["what"])})'
+    losses.append([label(task), *cells, said])
+    targets.append([label(task), *(three(rows[n]) if n in rows else '' for n in there)])
+  titles = [heads[n] for n in there]
+  return '\n\n'.join(
+    [
+      table(['task, steps', *titles, 'the best other α of ours'], losses),
+      "To Muon's final mean validation loss: steps; milliseconds of a step; seconds (one network on"
+      ' two CPU cores, the curves as above); 10⁹ FLOPs. Where runs do not get there, they count'
+      ' in full, and in brackets is how many do.',
+      table(['task, steps', *titles], targets),
+    ]
+  )
+
+
+def of_name(what: str) -> str:
+  """Without whose it is."""
+  return what.removeprefix('Spectral Newton, ').removeprefix('Spectral Newton ')
+
+
+def short(pair: tuple[float, float], bold: bool) -> str:
+  """As in ".320 ± .009"."""
+  said = plus_minus(pair, 3).replace('0.', '.') if pair[0] < 1 else plus_minus(pair, 3)
+  said = said.replace('± 0.', '± .')
+  return f'**{said}**' if bold else said
+
+
+def three(row: Mapping[str, Any]) -> str:
+  """Steps; milliseconds of a step; seconds; FLOPs."""
+  price = f'{significant(row["milliseconds"])} ms' if 'milliseconds' in row else ''
+  if not row['reached']:
+    return '; '.join(filter(None, ['never', price]))
+  some = '' if row['reached'] == row['seeds'] else f' ({row["reached"]} of {row["seeds"]})'
+  parts = [f'{row["steps"]:.0f}{some}', price]
+  if 'seconds' in row:
+    parts.append(f'{significant(row["seconds"])} s')
+  if 'flops' in row:
+    parts.append(to_target(row, 'flops'))
+  return '; '.join(filter(None, parts))
+
+
+def into_readme(content: Mapping[str, Any], path: pathlib.Path) -> pathlib.Path:
+  """Puts `readme_part` between its marks.
+
+  Raises:
+    ValueError: the marks are not there, each once.
+  """
+  text = path.read_text('utf-8')
+  if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    raise ValueError(f'{path} must have {BEGIN!r} and then {END!r}, each once.')
+  before, rest = text.split(BEGIN)
+  after = rest.split(END)[1]
+  path.write_text(f'{before}{BEGIN}\n\n{readme_part(content)}\n\n{END}{after}', 'utf-8')
+  return path
 
 
 def momenta_table(momenta: Mapping[str, Mapping[str, Any]]) -> str:

@@ -388,20 +388,28 @@ class Problem:
     arrays: Mapping[str, jax.Array],
   ) -> tuple[tuple[Any, ...], jax.Array]:
     """As many steps as `which` (steps, batch size) has samples for; the mean of their losses."""
-    optimizer = optax.with_extra_args_support(build(lane))
-
-    def step(carry, which):
-      params, rest, state = carry
-      x, y = self.batch(arrays, which)
-      value_fn = lambda params: self.loss(params, rest, x, y)[0]
-      grad = jax.value_and_grad(self.loss, has_aux=True)
-      (loss, (_, new_rest)), grads = grad(params, rest, x, y)
-      # What measures curvature as it trains asks for the loss as a function.
-      updates, state = optimizer.update(grads, state, params, value_fn=value_fn)
-      return (optax.apply_updates(params, updates), new_rest, state), loss
-
+    optimizer = build(lane)
+    step = lambda carry, which: self.step(optimizer, carry, which, arrays)
     carry, losses = jax.lax.scan(step, carry, which)
     return carry, losses.mean()
+
+  def step(
+    self,
+    optimizer: optax.GradientTransformation,
+    carry: tuple[Any, ...],
+    which: jax.Array,
+    arrays: Mapping[str, jax.Array],
+  ) -> tuple[tuple[Any, ...], jax.Array]:
+    """One, on the samples `which`; its loss."""
+    params, rest, state = carry
+    x, y = self.batch(arrays, which)
+    value_fn = lambda params: self.loss(params, rest, x, y)[0]
+    grad = jax.value_and_grad(self.loss, has_aux=True)
+    (loss, (_, new_rest)), grads = grad(params, rest, x, y)
+    # What measures curvature as it trains asks for the loss as a function.
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, state = optimizer.update(grads, state, params, value_fn=value_fn)
+    return (optax.apply_updates(params, updates), new_rest, state), loss
 
   def evaluate(
     self, params: Params, rest: Any, x: jax.Array, y: jax.Array

@@ -4,7 +4,10 @@
     python benchmarks/convergence.py --tasks gpt-bytes --contestants muon spectral_newton
     python benchmarks/convergence.py --map --tasks gpt-bytes   # Loss over α and σ*
     python benchmarks/convergence.py --schedules               # α that moves
-    python benchmarks/convergence.py --report                  # Tables and plots of what there is
+    python benchmarks/convergence.py --measure                 # α, for who needs it before training
+    python benchmarks/convergence.py --time                    # Milliseconds and FLOPs of a step
+    python benchmarks/convergence.py --report                  # Tables and plots of what there is,
+                                                               # and the README's part of them
     python benchmarks/convergence.py --pack-data data.npz      # To take to another machine:
     python benchmarks/convergence.py --data-file data.npz --lanes 256
 
@@ -32,7 +35,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 # LAPACK's threads and XLA's would fight for the same cores. Read when JAX is imported.
@@ -41,7 +44,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'examples'))
 
 import _contestants
 import _convergence_report
+import _measured
 import _problems
+import _timing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +54,8 @@ from reporting import environment, write_json
 from tqdm import tqdm
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'convergence.json'
+README = pathlib.Path(__file__).parents[1] / 'README.md'
+MEASURED = RESULTS.with_name('convergence_measured.json')
 Lane = _contestants.Lane
 Record = dict[str, Any]
 
@@ -129,6 +136,18 @@ class OutOfTimeError(Exception):
   """The time that --budget gives is over."""
 
 
+def of_lanes(advance: Callable[..., Any], one_by_one: bool) -> Callable[..., Any]:
+  """`Problem.advance` of all lanes: together, or one after the other.
+
+  Together, a `jax.lax.cond` in it becomes both of its branches.
+  """
+  if not one_by_one:
+    return jax.vmap(advance, in_axes=(0, 0, 0, None))
+  return lambda carry, lanes, which, arrays: jax.lax.map(
+    lambda of: advance(*of, arrays), (carry, lanes, which)
+  )
+
+
 class Runner:
   """The compiled programs of a task and an optimizer, for so many lanes at once."""
 
@@ -144,22 +163,29 @@ class Runner:
     begin = time.perf_counter()
     try:
       problem = self.problem
-      build = functools.partial(_contestants.PROGRAMS[self.program].build, problem)
+      program = _contestants.PROGRAMS[self.program]
       lane = _contestants.traced(problem, {'seed': 0, 'rate': 0.0})
       lanes = {
         k: jax.ShapeDtypeStruct((self.width, *np.shape(v)), v.dtype) for k, v in lane.items()
       }
-      start = jax.vmap(functools.partial(problem.start, build))
-      carry = jax.eval_shape(start, lanes)
-      task = problem.task
-      which = jax.ShapeDtypeStruct((self.width, task.every, task.batch_size), jnp.int32)
-      advance = jax.vmap(functools.partial(problem.advance, build), in_axes=(0, 0, 0, None))
+      if program.trainer is not None:
+        start, advance = program.trainer(problem)
+        self._compiled = [pool.submit(lambda: advance), pool.submit(lambda: start)]
+        carry = jax.eval_shape(jax.vmap(problem.init), lanes['seed'])
+      else:
+        assert program.build is not None
+        build = functools.partial(program.build, problem)
+        start = jax.vmap(functools.partial(problem.start, build))
+        carry = jax.eval_shape(start, lanes)
+        task = problem.task
+        which = jax.ShapeDtypeStruct((self.width, task.every, task.batch_size), jnp.int32)
+        advance = of_lanes(functools.partial(problem.advance, build), program.one_by_one)
+        lowered = [
+          jax.jit(advance, donate_argnums=0).lower(carry, lanes, which, problem.arrays),
+          jax.jit(start).lower(lanes),
+        ]
+        self._compiled = [pool.submit(x.compile) for x in lowered]
       evaluate = jax.vmap(problem.evaluate, in_axes=(0, 0, None, None))
-      lowered = [
-        jax.jit(advance, donate_argnums=0).lower(carry, lanes, which, problem.arrays),
-        jax.jit(start).lower(lanes),
-      ]
-      self._compiled = [pool.submit(x.compile) for x in lowered]
       key = id(problem), self.width
       if key not in evaluations:
         piece = problem.evaluation('validation')[0]
@@ -239,10 +265,12 @@ def perform(
     records = runner.run(batch, test=test, title=title, quiet=args.quiet)
     store.add(problem, program, batch, records)
     if args.log:
+      memory = ''
+      if hasattr(advance, 'memory_analysis'):
+        memory = f'; {advance.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB'
       print(
         f'{title}: {time.perf_counter() - begin:.1f} s, after waiting {begin - waiting:.1f} s for'
-        f' the compiler, traced in {runner.trace_seconds:.1f} s;'
-        f' {advance.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB',
+        f' the compiler, traced in {runner.trace_seconds:.1f} s{memory}',
         file=sys.stderr,
         flush=True,
       )
@@ -375,6 +403,8 @@ def wanted(
   if args.compare:
     lanes: dict[str, list[Lane]] = {}
     for contestant in args.chosen:
+      if not contestant.can_run(problem):
+        continue
       lanes.setdefault(contestant.program, []).extend(tuning_lanes(problem, contestant))
     for program, of in lanes.items():
       add(program, 'tuning', of)
@@ -395,11 +425,13 @@ def train_all(
       lanes = [lane for _, of in parts for lane in of]
       count = len(missing_lanes(problem, program, lanes, store))
       chosen = [c for c in args.chosen if c.program == program] if args.compare else []
-      for contestant in chosen:
+      for contestant in (c for c in chosen if c.can_run(problem)):
         report = report_lanes(problem, contestant, store, args.seeds)
         count = count or len(missing_lanes(problem, program, report, store))
       if count:
         most = max(1, args.lanes // problem.task.weight)
+        if _contestants.PROGRAMS[program].trainer is not None:
+          most = 1
         width = math.ceil(count / math.ceil(count / most))
         runners.append((Runner(problem, program, width), parts))
   # Where time runs out, what matters most is there.
@@ -440,7 +472,7 @@ def train_one(
     lanes = [
       lane
       for contestant in args.chosen
-      if contestant.program == runner.program
+      if contestant.program == runner.program and contestant.can_run(runner.problem)
       for lane in report_lanes(runner.problem, contestant, store, args.seeds)
     ]
     perform(runner, lanes, store, args, 'report')
@@ -455,8 +487,9 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
   """All that the store has on a task, as the JSON keeps it."""
   task = problem.task
   found: dict[str, Any] = {'task': {**task.fingerprint(), 'stage': task.stage}, 'contestants': {}}
+  cost = read_cost(args.work, task)
   for contestant in args.everyone:
-    best = tuned(problem, contestant, store)
+    best = tuned(problem, contestant, store) if contestant.can_run(problem) else None
     if best is None:
       continue
     runs = []
@@ -472,6 +505,7 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
       'knob': contestant.knob[0],
       'tuned': best,
       'runs': runs,
+      'cost': cost_of(problem, contestant, args.everyone, cost),
     }
 
   # What was run beside the contestants has seeds of its own.
@@ -501,6 +535,27 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
       found['references'][program] = best_rate(by_rate)
   found['momenta'] = momenta(apart('muon'), found['cells'])
   return found
+
+
+def read_cost(work: pathlib.Path, task: _problems.Task) -> dict[str, Any]:
+  """By contestant, what `time_all` has found of a task."""
+  path = work / task.name / 'cost.json'
+  return json.loads(path.read_text('utf-8')) if path.is_file() else {}
+
+
+def cost_of(
+  problem: _problems.Problem,
+  contestant: _contestants.Contestant,
+  everyone: Iterable[_contestants.Contestant],
+  cost: dict[str, Any],
+) -> dict[str, Any] | None:
+  """That of a contestant, or of one with the same step: program, and α that moves or does not."""
+  moves = lambda of: 'alpha_end' in of.lane(problem, 0, *of.grid()[0])
+  for other in (contestant, *everyone):
+    known = other.name in cost and other.can_run(problem)
+    if known and other.program == contestant.program and moves(other) == moves(contestant):
+      return {**cost[other.name], 'of': other.name}
+  return None
 
 
 def momenta(muon: Iterable[Record], cells: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -534,6 +589,46 @@ def best_rate(losses: dict[float, dict[int, float]]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------
+# Before training, and the price of a step
+# ---------------------------------------------------------------------------------
+
+MEASURING_RATE = 0.005  # In the middle of what the tasks are tuned to.
+
+
+def measure_all(problems: Iterable[_problems.Problem], args: argparse.Namespace) -> None:
+  """Measures α of each task into --measured, where those of other tasks stay."""
+  found = json.loads(args.measured.read_text('utf-8')) if args.measured.is_file() else {}
+  for problem in problems:
+    lane = {'seed': _contestants.TUNING_SEEDS[0], 'rate': MEASURING_RATE}
+    lane |= _contestants.default_numbers(problem, 0, 0.0)
+    of = _measured.measure(
+      problem,
+      functools.partial(_contestants.spectral_newton, problem),
+      _contestants.traced(problem, lane),
+      progress=not args.quiet,
+    )
+    found[problem.task.name] = _finite(of)
+    write_json(args.measured, found)
+    for form in ('before', 'early'):
+      print(f'{problem.task.name}, {of[form]["steps"]} steps: {of[form]["good"]} good fits.')
+
+
+def time_all(problems: Iterable[_problems.Problem], store: Store, args: argparse.Namespace) -> None:
+  """Milliseconds and FLOPs of a step into --work, where those of others stay."""
+  for problem in problems:
+    chosen = {}
+    for contestant in args.chosen:
+      found = tuned(problem, contestant, store) if contestant.can_run(problem) else None
+      # Of what has not been tuned yet, any: only what stays constant is in the program.
+      rate, knob = contestant.grid()[0] if found is None else (found['rate'], found['knob'])
+      if contestant.can_run(problem):
+        chosen[contestant.name] = contestant.program, contestant.lane(problem, 0, rate, knob)
+    found = _timing.time_steps(problem, chosen, args.rounds, quiet=args.quiet)
+    path = args.work / problem.task.name / 'cost.json'
+    write_json(path, _finite(read_cost(args.work, problem.task) | found))
+
+
+# ---------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------
 
@@ -548,8 +643,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--schedules', action='store_true', help='exponents that move, likewise')
   add('--compare', action='store_true', help='the contestants, beside --map or --schedules')
   add('--report', action='store_true', help='train nothing')
+  add('--measure', action='store_true', help='measure α before training, into --measured, and stop')
+  add('--time', action='store_true', help='time steps and count FLOPs, of all or --contestants')
+  add('--rounds', type=int, default=15, help='of timing')
   add('--seeds', type=int, nargs='+', default=[0, 1, 2, 3, 4], help='of the report')
-  add('--measured', type=pathlib.Path, help='JSON: task, path, {"alpha": α, "gamma": γ}')
+  add('--measured', type=pathlib.Path, default=MEASURED, help='JSON that --measure writes')
   for name, values in (('alphas', 'ALPHAS'), ('turns', 'TURNS'), ('rates', 'RATES')):
     default = list(getattr(_contestants, f'MAP_{values}'))
     add(f'--{name}', type=float, nargs='+', default=default, help='of the map')
@@ -576,7 +674,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   args.compare = args.compare or not (args.map or args.schedules or args.momenta)
   if min(args.map_seeds) < MAP_SEEDS_FROM or max(args.seeds) >= min(_contestants.TUNING_SEEDS):
     parser.error('Seeds from 100 are for tuning, from 200 for maps, and below for the report.')
-  measured = None if args.measured is None else json.loads(args.measured.read_text('utf-8'))
+  measured = json.loads(args.measured.read_text('utf-8')) if args.measured.is_file() else {}
   everyone = _contestants.contestants(measured)
   for chosen, known, kind in (
     (args.tasks, _problems.TASKS, 'tasks'),
@@ -628,9 +726,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(f'{args.pack_data}: {_problems.pack(args.pack_data, args.data_dir) / 1e6:.1f} MB')
     return {}
   problems = load_problems(args)
+  if args.measure:
+    measure_all(problems, args)
+    return {}
   store = Store(args.work)
-  failed = [] if args.report else train_all(problems, store, args)
+  if args.time:
+    time_all(problems, store, args)
+  failed = [] if args.report or args.time else train_all(problems, store, args)
   content = {'tasks': {}, 'failed': failed, 'environment': environment()}
+  content['notes'] = list(_contestants.NOTES)
   for problem in problems:
     found = outcome(problem, store, args)
     name = problem.task.name
@@ -645,6 +749,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   write_json(args.output, content)
   if args.tables:
     written = _convergence_report.write(content, args.output)
+    if args.output == RESULTS:
+      written.append(_convergence_report.into_readme(content, README))
     print(args.output.with_suffix('.md').read_text('utf-8'))
     print(f'{", ".join(map(str, written))}, after {time.perf_counter() - args.start:.0f} s')
   return content

@@ -141,12 +141,14 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
 
 def test_contestants_are_tuned_alike(convergence):
   contestants, problems = convergence._contestants, convergence._problems
-  measured = {'mlp-digits': {}}
   problem = problems.Problem(problems.TASKS['mlp-digits'], problems.load('digits'), together=False)
   values = dict(zip(problem.matrices, (0.8, 1.0, 1.3, 1.7, 2.2), strict=True))
-  measured['mlp-digits'] = {p: {'alpha': a, 'gamma': 1.0} for p, a in values.items()}
+  found = {'alpha': values, 'gamma': dict.fromkeys(values, 1.0)}
+  network = convergence._measured.network(problem)
+  measured = {'mlp-digits': {'network': network, 'before': found, 'early': found}}
   everyone = contestants.contestants(measured)
   for contestant in everyone.values():
+    assert contestant.can_run(problem)
     grid = contestant.grid()
     assert len(set(grid)) == contestants.TRIALS
     seen = sorted({rate for rate, _ in grid})
@@ -155,11 +157,15 @@ def test_contestants_are_tuned_alike(convergence):
     assert {lane['seed'] for lane in lanes}.isdisjoint(range(100))
     for lane in lanes:
       contestants.traced(problem, lane)
-  at = lambda name: everyone[name].lane(problem, 3, 0.01, 0.06)['alpha']
-  assert at('measured') == values
-  assert at('measured_reversed') == pytest.approx({p: 3.0 - a for p, a in values.items()})
-  assert sorted(at('measured_shuffled').values()) == sorted(values.values())
-  assert at('measured_shuffled') != values
+  at = lambda name: everyone[name].lane(problem, 3, 0.01, 0.0)
+  assert at('measured_before')['alpha'] == at('measured_early')['alpha'] == values
+  # As where a user gives α alone, σ* is the default's.
+  assert at('measured_early')['turn'] == at('spectral_newton')['turn']
+  reversed_order = at('measured_early_reversed')['alpha']
+  assert reversed_order == pytest.approx({p: 3.0 - a for p, a in values.items()})
+  shuffled = at('measured_early_shuffled')['alpha']
+  assert sorted(shuffled.values()) == sorted(values.values())
+  assert shuffled != values
   # s^1 and s^-1, each with a mean of one.
   scale = everyone['scalar'].lane(problem, 3, 0.01, -1.0)['scale']
   assert np.mean(list(scale.values())) == pytest.approx(1, rel=1e-4)
@@ -168,6 +174,194 @@ def test_contestants_are_tuned_alike(convergence):
   )
   with pytest.raises(ValueError, match="'rat' is no number"):
     contestants.traced(problem, {'seed': 0, 'rat': 1.0})
+  # What was measured of another network is nothing to this one, and K-FAC has no running averages.
+  measured['mlp-digits']['network'] = {**network, 'options': {'width': 128, 'depth': 5}}
+  another = contestants.contestants(measured)
+  assert not another['measured_before'].can_run(problem)
+  assert not another['scalar'].can_run(problem)
+  assert another['alpha_2'].can_run(problem)
+  images = {k: np.zeros((2, 28, 28, 1), np.uint8) for k in ('train_x', 'train_y')}
+  resnet = problems.Problem(problems.TASKS['resnet-fashion'], images, together=False)
+  assert not another['kfac'].can_run(resnet)
+  assert another['shampoo'].can_run(resnet)
+
+
+def test_measured_before_training_and_online(small, tmp_path, monkeypatch):
+  monkeypatch.setattr(small._measured, 'EARLY', 16)
+  measured = tmp_path / 'measured.json'
+  command = f'--tasks mlp-digits --quiet --measured {measured} --work {tmp_path} --no-tables'
+  command = f'{command} --output {tmp_path / "c.json"} --lanes 14'
+  small.main([*command.split(), '--measure'])
+  found = json.loads(measured.read_text())['mlp-digits']
+  assert found['network']['options'] == {'width': 12, 'depth': 1}
+  assert (found['before']['steps'], found['early']['steps']) == (0, 16)
+  for form in ('before', 'early'):
+    assert set(found[form]['alpha']) == {'head/kernel', 'layers/0/kernel'}
+  assert found['before']['fitted'] != found['early']['fitted']
+  # A fit that is good is taken, within the limits; the default stands in for the others.
+  for path, alpha in found['early']['alpha'].items():
+    fitted, r_squared = found['early']['fitted'][path], found['early']['r_squared'][path]
+    assert alpha in (1.5, pytest.approx(np.clip(fitted, 0.5, 2.5), rel=1e-5))
+    assert alpha == 1.5 or r_squared > 0.7
+  monkeypatch.setattr(small._contestants, 'TRIALS', 2)
+  content = small.main([*command.split(), '--contestants', 'measured_online', '--seeds', '0'])
+  (run,) = content['tasks']['mlp-digits']['contestants']['measured_online']['runs']
+  assert run['validation'][1] < run['validation'][0]  # At the smallest rates.
+
+
+def test_what_is_done_now_and_then_is_not_done_always(convergence):
+  def advance(carry, lane, which, arrays):
+    return jax.lax.cond(lane > 1, lambda: carry + arrays, lambda: carry * which), carry
+
+  arguments = (jnp.arange(3.0), jnp.arange(3.0), jnp.full(3, 5.0), jnp.float32(7))
+  found = {}
+  for one_by_one in (True, False):
+    of = convergence.of_lanes(advance, one_by_one)
+    found[one_by_one] = jax.jit(of)(*arguments)
+    assert ('cond[' in str(jax.make_jaxpr(of)(*arguments))) == one_by_one
+  np.testing.assert_allclose(found[True][0], [0, 5, 9])
+  jax.tree.map(np.testing.assert_array_equal, found[True], found[False])
+
+
+def test_what_jits_its_own_steps(small, tmp_path, monkeypatch):
+  """As K-FAC does: in Python, one lane, and trained and told apart as all others are."""
+  contestants = small._contestants
+  widths = []
+
+  def trainer(problem):
+    build = lambda lane: contestants.sgd(problem, lane)
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    whole = lambda tree: jax.tree.map(lambda x: x[None], tree)
+
+    def start(lanes):
+      widths.append(len(lanes['seed']))
+      return whole(jax.jit(lambda lane: problem.start(build, lane))(first(lanes)))
+
+    jitted = jax.jit(lambda *of: problem.advance(build, *of))
+
+    def advance(carry, lanes, which, arrays):
+      return whole(jitted(first(carry), first(lanes), which[0], arrays))
+
+    return start, advance
+
+  own = contestants.Program(None, trainer=trainer)
+  monkeypatch.setitem(contestants.PROGRAMS, 'kfac', own)
+  monkeypatch.setattr(contestants, 'TRIALS', 2)
+  command = '--tasks mlp-digits --contestants kfac sgd --lanes 2 --quiet --seeds 0 --no-tables'
+  original = contestants.contestants
+
+  def alike(measured=None):
+    both = original(measured)
+    kfac = small.dataclasses.replace(both['sgd'], name='kfac', program='kfac')
+    return both | {'kfac': kfac}
+
+  monkeypatch.setattr(contestants, 'contestants', alike)
+  command = f'{command} --work {tmp_path} --output {tmp_path / "c.json"}'
+  found = small.main(command.split())['tasks']['mlp-digits']['contestants']
+  assert set(widths) == {1}
+  (theirs,), (ours,) = found['sgd']['runs'], found['kfac']['runs']
+  assert ours['validation'] == pytest.approx(theirs['validation'], rel=1e-3)
+  assert ours['test_loss'] == pytest.approx(theirs['test_loss'], rel=1e-3)
+
+
+def test_shampoo_of_2022_finds_its_jax(convergence):
+  jax_then, lax_then = convergence._contestants._OldJax(), convergence._contestants._OldLax()
+  assert jax_then.tree_map(lambda x: x + 1, {'a': 1}) == {'a': 2}
+  assert jax_then.numpy is jnp
+  # A bool that the body makes a number, which JAX no longer lets pass.
+  start = (0, True)
+  body = lambda x: (x[0] + 1, jnp.float32(0.5) * x[1])
+  found = lax_then.while_loop(lambda x: x[0] < 3, body, start)
+  assert (int(found[0]), float(found[1])) == (3, 0.125)
+
+
+def test_the_price_of_a_step(small, tmp_path, monkeypatch):
+  task = small._problems.TASKS['mlp-digits']
+  problem = small._problems.Problem(task, small._problems.load('digits'), together=False)
+  command = f'--tasks mlp-digits --contestants sgd muon --quiet --rounds 3 --work {tmp_path} --time'
+  small.main([*command.split(), '--output', str(tmp_path / 'c.json'), '--no-tables'])
+  cost = json.loads((tmp_path / 'mlp-digits' / 'cost.json').read_text())
+  # 64 -> 12 -> 10, 64 at once: forward, of the weights, and of what is between the layers.
+  layers, between = 2 * 64 * (64 * 12 + 12 * 10), 2 * 64 * 12 * 10
+  assert cost['sgd']['flops'] == 2 * layers + between
+  # Five rounds of three products: the Gram matrix, its square, the rest.
+  orthogonal = sum(5 * 2 * (2 * r * r * c + r**3) for r, c in ((12, 64), (10, 12)))
+  assert cost['muon']['flops'] == cost['sgd']['flops'] + orthogonal
+  for of in cost.values():
+    assert 0 < of['milliseconds'] < 1e3
+    assert not of['at_least']
+  # One that was not timed has the price of another's step, if that is the same.
+  everyone = small._contestants.contestants()
+  known = {**cost, 'falling': {'flops': 1.0}}
+  of = lambda name: small.cost_of(problem, everyone[name], everyone.values(), known)
+  assert of('muon_sqrt_alpha') == {**cost['muon'], 'of': 'muon'}
+  assert of('dynmuon') == {'flops': 1.0, 'of': 'falling'}
+  assert of('alpha_2') is None
+  assert of('adamw') is None
+  # What is done in every fourth step counts a quarter.
+  matrix = jnp.ones([8, 8])
+
+  def step(which, carry, arrays):
+    del which, arrays
+    return 0, jax.lax.cond(carry > 0, lambda: carry + (matrix @ matrix)[0, 0], lambda: carry)
+
+  now_and_then = small._contestants.Program(lambda *_: None, period=lambda problem: 4)
+  monkeypatch.setitem(small._contestants.PROGRAMS, 'sgd', now_and_then)
+  racer = small._timing.Training('sgd', step, jnp.float32(1))
+  assert small._timing.flops(problem, 'sgd', racer)['flops'] == 2 * 8**3 / 4
+
+
+def test_what_the_readme_says(convergence, tmp_path):
+  report = convergence._convergence_report
+  run = lambda seed, loss: {
+    'seed': seed, 'test_loss': loss, 'test_accuracy': 0.5, 'validation_loss': loss,
+    'validation': [2.0, loss], 'backend': 'gpu',
+  }  # fmt: skip
+  tuned = {'rate': 0.1, 'knob': None, 'at_the_edge': False}
+  entry = lambda program, cost, *runs: {
+    'what': program, 'program': program, 'knob': '', 'tuned': tuned, 'runs': list(runs),
+    'cost': cost,
+  }  # fmt: skip
+  cost = lambda ms: {
+    'milliseconds': ms, 'flops': 1e9, 'at_least': False, 'jax': '1', 'backend': 'cpu',
+  }  # fmt: skip
+  of = {'every': 10, 'steps': 20, 'network': 'mlp', 'data': 'digits', 'batch_size': 4,
+        'stage': 'confirmation'}  # fmt: skip
+  contestants = {
+    'muon': entry('muon', cost(2.0), run(0, 1.0), run(1, 1.2)),
+    'spectral_newton': entry('spectral_newton', cost(4.0), run(0, 0.2), run(1, 0.2)),
+    'falling': entry('spectral_newton', cost(4.0), run(0, 0.3), run(1, 0.3)),
+    'adamw': entry('adamw', None, run(0, 3.0), run(1, 3.0)),
+  }
+  task = {'task': of, 'contestants': contestants, 'cells': [], 'references': {}}
+  content = {'tasks': {'mlp-digits': task}, 'notes': ['A note.']}
+  rows = report.summary(task)
+  # To 1.1 from 2.0 to 0.2 in the second ten steps.
+  assert rows['spectral_newton']['steps'] == pytest.approx(15)
+  assert rows['spectral_newton']['seconds'] == pytest.approx(0.06)
+  assert rows['spectral_newton']['flops'] == pytest.approx(15e9)
+  path = tmp_path / 'README.md'
+  path.write_text('before')
+  with pytest.raises(ValueError, match='each once'):
+    report.into_readme(content, path)
+  path.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
+  report.into_readme(content, path)
+  once = path.read_text()
+  report.into_readme(content, path)
+  assert path.read_text() == once
+  assert once.startswith('before\n')
+  assert once.endswith('\nafter\n')
+  assert '\nold\n' not in once
+  assert '**.200 ± .000**' in once
+  assert '.300 ± .000 (spectral_newton)' in once
+  assert '15; 4.00 ms; 0.0600 s; 15.0' in once
+  assert 'never' in once
+  text = report.markdown(content)
+  assert '- A note.' in text
+  assert '| 15 | 4.00 | 0.0600 | 15.0 |' in text
+  # The project's own has the marks.
+  readme = (BENCHMARKS.parent / 'README.md').read_text('utf-8')
+  assert readme.count(report.BEGIN) == readme.count(report.END) == 1
 
 
 @pytest.mark.parametrize(
