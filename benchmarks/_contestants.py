@@ -596,6 +596,20 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       numbers=default_numbers,
     ),
     Contestant(
+      'momentum',
+      'spectral_newton',
+      'Spectral Newton, defaults but for a tuned momentum',
+      knob=BY_MOMENTUM,
+      numbers=default_numbers,
+    ),
+    Contestant(
+      'lower_turn',
+      'spectral_newton',
+      'Spectral Newton, α = 1.5, σ* = 0.03, tuned momentum',
+      knob=BY_MOMENTUM,
+      numbers=lambda *_: {'alpha': 1.5, 'turn': 0.03},
+    ),
+    Contestant(
       'published',
       'spectral_newton',
       'Spectral Newton as published: α by layer type, d = 0.1',

@@ -251,7 +251,7 @@ class Problem:
   """
 
   def __init__(self, task: Task, arrays: Arrays, *, together: bool, half: bool = False):
-    """`together`: for many networks at once. `half`: forward and backward in bfloat16."""
+    """`together`: for many networks at once, or steps in a loop. `half`: in bfloat16."""
     self.task, self._half = task, half
     self._raw = arrays
 

@@ -710,8 +710,10 @@ def load_problems(args: argparse.Namespace) -> list[_problems.Problem]:
   for task in args.chosen_tasks:
     if task.data not in arrays:
       arrays[task.data] = _problems.load(task.data, args.data_dir, args.data_file)
+  # In a loop on a CPU, too, convolutions are many times slower than products.
+  by_product = args.lanes > 1 or not args.time
   return [
-    _problems.Problem(task, arrays[task.data], together=args.lanes > 1, half=args.half)
+    _problems.Problem(task, arrays[task.data], together=by_product, half=args.half)
     for task in args.chosen_tasks
   ]
 
