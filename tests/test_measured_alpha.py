@@ -75,7 +75,7 @@ def directions_of(grads, k=5):
   directions = {}
   for path, (shape, _) in MATRICES.items():
     g = grads[path.split('/')[0]]['kernel'].reshape(-1, *shape[-2:])
-    u, _, v = low_rank.leading_directions(g, k)
+    u, _, v = jax.jit(low_rank.leading_directions, static_argnums=1)(g, k)
     directions[path] = u, v
   return directions
 
@@ -277,18 +277,23 @@ def test_fallback_without_a_good_fit(problem):
   assert (negative == (1 if 'sign' in problem else 0)).all()
 
 
+def update_all(txs, value_fn, grads, params):
+  """One update of each, in one program: what they measure alike is compiled once."""
+  update = lambda grads, states: {
+    name: tx.update(grads, states[name], params, value_fn=value_fn)[1] for name, tx in txs.items()
+  }
+  states = jax.jit(update)(grads, {name: tx.init(params) for name, tx in txs.items()})
+  return {name: measured_state(state) for name, state in states.items()}
+
+
 def test_each_rule_of_trust_by_itself():
   loss, params, grads = power_law_problem(spread=0.5)
-  taken = {}
-  for name, rules in {
-    'strict': {'min_r_squared': 0.9999},
-    'lenient': {'min_r_squared': 0.0},
-  }.items():
-    tx = optimizer(spectral_optax.measured_alpha(every=1, draws=4, clip=(0, 9), **rules))
-    update = jax.jit(functools.partial(tx.update, value_fn=loss))
-    found = measured_state(update(grads, tx.init(params), params)[1])
-    taken[name] = float(found['alpha']['a/kernel'])
-    measured = float(found['measured_alpha']['a/kernel'])
+  rules = {'strict': {'min_r_squared': 0.9999}, 'lenient': {'min_r_squared': 0.0}}
+  measured_alpha = functools.partial(spectral_optax.measured_alpha, every=1, draws=4)
+  txs = {name: optimizer(measured_alpha(clip=(0, 9), **of)) for name, of in rules.items()}
+  found = update_all(txs, loss, grads, params)
+  taken = {name: float(of['alpha']['a/kernel']) for name, of in found.items()}
+  measured = float(found['strict']['measured_alpha']['a/kernel'])
   assert taken == pytest.approx({'strict': 1.5, 'lenient': measured})
   assert abs(measured - 1.5) > 0.05
 
@@ -298,12 +303,11 @@ def test_each_rule_of_trust_by_itself():
   mixed = lambda p: jnp.sum(
     sign * jnp.arange(1, 6) ** -1.3 * jnp.einsum('kr,rc,kc->k', u[0], p['a']['kernel'], v[0]) ** 2
   )
-  for most, expected in {0.1: 1.5, 0.25: 1.3}.items():
-    tx = optimizer(spectral_optax.measured_alpha(every=1, draws=4, max_negative=most))
-    update = jax.jit(functools.partial(tx.update, value_fn=mixed))
-    found = measured_state(update(grads, tx.init(params), params)[1])
-    assert float(found['measured_negative']['a/kernel']) == pytest.approx(0.2)
-    assert float(found['alpha']['a/kernel']) == pytest.approx(expected, abs=2e-3)
+  expected = {0.1: 1.5, 0.25: 1.3}
+  txs = {most: optimizer(measured_alpha(max_negative=most)) for most in expected}
+  for most, of in update_all(txs, mixed, grads, params).items():
+    assert float(of['measured_negative']['a/kernel']) == pytest.approx(0.2)
+    assert float(of['alpha']['a/kernel']) == pytest.approx(expected[most], abs=2e-3)
 
 
 def test_clip():
