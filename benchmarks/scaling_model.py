@@ -24,9 +24,9 @@ from spectral_optax import layout, sharding
 
 LAYERS, WIDTH, PARAMETERS = 24, 1024, 354.9e6
 KINDS = {'qkv': (1, 3), 'out': (1, 1), 'up': (1, 4), 'down': (4, 1)}
-# Of products of n x n matrices: 14 iterates and a square, of whose blocks three of four are
+# Of products of n x n matrices: 14, iterates and the square to end with, of each of which 5/8 is
 # computed; and with G one for the Gram matrix and two (sixteen bits of f) for the update.
-F_PRODUCTS = 10.5
+F_PRODUCTS = 8.75
 G_PRODUCTS = 3
 MESHES = ((4, 4), (8, 2), (8, 4), (16, 4), (32, 4), (32, 8), (128, 8), (512, 16))
 

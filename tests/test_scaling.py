@@ -317,7 +317,7 @@ def test_model_is_as_was_compiled(load_benchmark):
       found = model.predict(**record['mesh'])
       assert own['flops'] == pytest.approx(found['flops'], rel=1e-3), key
       # Of what is known of spectra, and of AdamW's share, the model says nothing.
-      assert sum(own['bytes_sent'].values()) == pytest.approx(found['bytes'], rel=0.07), key
+      assert sum(own['bytes_sent'].values()) == pytest.approx(found['bytes'], rel=0.15), key
       compared.add(tuple(record['mesh'].values()))
   assert len(compared) >= 3
 
