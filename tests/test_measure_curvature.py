@@ -92,7 +92,7 @@ def test_cost(benchmark, tmp_path, capsys):
   content = json.loads(output.read_text())
   assert content.pop('tpu/other/width-64') == 1  # What was there stays.
   (key,) = content
-  assert key == f'{jax.default_backend()}/{jax.devices()[0].device_kind}/width-2'
+  assert key == f'{jax.default_backend()}/{jax.devices()[0].device_kind}/width-2/batch-4/size-8'
   assert len(report['layers']) == 4
   assert report['layers']['stem/kernel']['shape'] == [27, 2]
   assert report['layers']['stem/kernel']['directions'] == 2
@@ -108,6 +108,15 @@ def test_cost(benchmark, tmp_path, capsys):
   expected = report['measure_seconds'] / (sums['alone'] / report['gain'])
   assert report['measure_over_alone_by_gain'] == pytest.approx(expected)
   assert 'budget 4 MiB' in capsys.readouterr().out
+
+  # Everything once, and two layers of four by themselves, which stand for all.
+  once = benchmark.main([*flags.split(), '--once', '--layers', '2', '--output', str(output)])
+  assert list(once['layers']) == [list(report['layers'])[i] for i in (0, 3)]
+  assert 0 < once['measure_seconds'] <= once['first_measure_seconds']
+  counts = {path: layer['directions'] for path, layer in report['layers'].items()}
+  each = [layer['alone_seconds'] for layer in once['layers'].values()]
+  scale = sum(counts.values()) / sum(counts[path] for path in once['layers'])
+  assert once['alone_seconds'] == pytest.approx(sum(each) * scale)
 
 
 def test_network_of_the_benchmark_is_a_resnet_18(benchmark):

@@ -311,7 +311,7 @@ def test_large_parameters_alone_give_what_a_stack_gives(solver, monkeypatch):
     found.append(jax.jit(tx.update)(grads, tx.init(params)))
   assert_trees_close(*found, rtol=1e-4, atol=1e-5)
   for name, state in found[0][1][1]._asdict().items():
-    if name not in ('count', 'measurement'):
+    if name not in ('count', 'measurement', 'fits'):
       assert set(state) == {f'{path}/kernel' for path in shapes}
       assert state['stack/kernel'].shape[:1] == (2,)
   exact = reference.update(grads['tall']['kernel'], 1.5, 0.06**1.5)
@@ -421,7 +421,7 @@ def test_statistics_by_path_are_a_mapping_and_one_array():
   params = mixed_params()
   tx = spectral_optax.scale_by_spectral_transfer(jnp.array(2.0), 0.1)
   state = jax.jit(tx.update)(random_like(params), tx.init(params))[1]
-  assert len(jax.tree.leaves(state)) == len(state) - 1  # Nothing is measured.
+  assert len(jax.tree.leaves(state)) == len(state) - 2  # Nothing is measured, no fit is kept.
   sigma = state.sigma_max
   assert dict(sigma).keys() == sigma.keys() == state.basis.keys()
   assert len(sigma) == 5
