@@ -545,8 +545,10 @@ def test_convolutions_of_gradients_are_brought_into_the_fast_order(kind, inside)
 @pytest.mark.parametrize('solver', ['rational', 'polynomial'])
 def test_t_is_fitted_anew_where_alpha_has_changed_and_only_there(solver):
   rng = np.random.default_rng(0)
-  noise = lambda: jnp.asarray(rng.standard_normal((12, 8)), jnp.float32)
-  grads = {'a': {'kernel': noise()}, 'b': {'kernel': noise()}}
+  noise = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  # Two of one side, and one that has a fit of its own.
+  shapes = {'a': (12, 8), 'b': (8, 12), 'c': (20, 16)}
+  grads = {name: {'kernel': noise(*shape)} for name, shape in shapes.items()}
   config = spectral_optax.measured_alpha(1000)
   tx = spectral_optax.scale_by_spectral_transfer(config, solver=solver)
   update = jax.jit(lambda state: tx.update(grads, state, grads, value_fn=optax.tree.norm))
