@@ -9,7 +9,7 @@ All of them leave parameters that are no matrices as they find them.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -290,8 +290,9 @@ def scale_by_spectral_transfer(
       state = state._replace(fits=jnp.zeros(made[1].fits.shape, widest))
     return state
 
-  def measured_now(state, values):
+  def measured_now(state, values: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
     """With α as measured, where it may be trusted."""
+    assert rule is not None
     fallback = {path: exponents.at(*value, state.count)[0] for path, value in values.items()}
     found = measured.alphas(rule, state.measurement, fallback)
     return {path: (found[path], values[path][1]) for path in values}
@@ -316,7 +317,7 @@ def scale_by_spectral_transfer(
     )
     return transfer(updates, state, values, division)
 
-  def transfer(updates, state, values, division):
+  def transfer(updates, state, values: Mapping[str, tuple[Any, Any]], division):
     """The step with these α and d."""
     views, _, dtypes = plan(updates)
     leaves = layout.leaves_by_path(updates)
