@@ -176,7 +176,6 @@ DEFINED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = ([a-z]\w*)\[([\d,]*)\]')
 CONVOLUTION = re.compile(r' (?:convolution|dot)\(')
 OPERANDS = re.compile(r'%([\w.-]+)')
 LABELS = re.compile(r'dim_labels=(\w+?)_(\w+?)->(\w+)')
-GROUPS = re.compile(r'(feature|batch)_group_count=(\d+)')
 CONTRACTING = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}')
 
 

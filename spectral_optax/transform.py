@@ -286,7 +286,8 @@ def scale_by_spectral_transfer(
     if rule and not views:
       state = state._replace(fits=jnp.zeros([]))
     elif rule:  # As many numbers as an update, of matrices that are whole, would make.
-      made = jax.eval_shape(lambda p: transfer(p, state, measured_now(state, values), None), params)
+      step = lambda p: transfer(p, state, views, measured_now(state, values), dtypes, None)
+      made = jax.eval_shape(step, params)
       state = state._replace(fits=jnp.zeros(made[1].fits.shape, widest))
     return state
 
@@ -299,7 +300,7 @@ def scale_by_spectral_transfer(
 
   def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
     del extra_args
-    views, values, _ = plan(updates)
+    views, values, dtypes = plan(updates)
     if not views:
       return updates, state._replace(count=optax.safe_increment(state.count))
     if rule:
@@ -315,11 +316,10 @@ def scale_by_spectral_transfer(
       work_axes=work_axes,
       shardings=placements(shardings, updates),
     )
-    return transfer(updates, state, values, division)
+    return transfer(updates, state, views, values, dtypes, division)
 
-  def transfer(updates, state, values: Mapping[str, tuple[Any, Any]], division):
+  def transfer(updates, state, views, values: Mapping[str, tuple[Any, Any]], dtypes, division):
     """The step with these α and d."""
-    views, _, dtypes = plan(updates)
     leaves = layout.leaves_by_path(updates)
     kept = list(views)
     number = {path: math.prod(view.batch_shape) for path, view in views.items()}

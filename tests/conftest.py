@@ -1,5 +1,6 @@
 """Settings that every test runs under."""
 
+import importlib
 import os
 import pathlib
 
@@ -22,6 +23,20 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch):
+  """From a name in benchmarks/ to the module."""
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'benchmarks')
+  # What they set at their top is gone after the test.
+  for name in ('TPU_SKIP_MDS_QUERY', 'TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES'):
+    monkeypatch.setenv(name, 'x')
+  for name in ('TPU_WORKER_ID', 'ALLOW_MULTIPLE_LIBTPU_LOAD'):
+    monkeypatch.setenv(name, '0')
+  monkeypatch.setenv('OPENBLAS_NUM_THREADS', '1')
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  return importlib.import_module
 
 
 @pytest.fixture

@@ -142,12 +142,12 @@ def train(name, kind, solver='auto', steps=20):
   }
 
 
-def work(solver, name):
+def work(solver, name, count='16'):
   """FLOPs of one device x 8 over those of one alone; bytes that all send over the parameters'."""
   sys.path.append('benchmarks')
   import _collectives
 
-  count, rows, columns = 16, 256, 128
+  count, rows, columns = int(count), 256, 128
   tx = spectral_optax.scale_by_spectral_transfer(solver=solver, update_rms=0.2)
   one = {f'w{i}': jax.ShapeDtypeStruct((rows, columns), jnp.float32) for i in range(count)}
   state = jax.eval_shape(tx.init, one)

@@ -1,37 +1,25 @@
 """Products counted in bfloat16 passes: as by hand. And what is read out of a TPU's program."""
 
 import functools
-import importlib
 import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 N = 8
 DOT = 2 * N**3
 
 
 @pytest.fixture
-def passes(monkeypatch):
-  monkeypatch.syspath_prepend(BENCHMARKS)
-  return importlib.import_module('_passes')
+def passes(load_benchmark):
+  return load_benchmark('_passes')
 
 
 @pytest.fixture
-def tpu_compile(monkeypatch):
-  monkeypatch.syspath_prepend(BENCHMARKS)
-  # What it sets at its top is gone after the test.
-  for name in ('TPU_SKIP_MDS_QUERY', 'TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES'):
-    monkeypatch.setenv(name, 'x')
-  for name in ('TPU_WORKER_ID', 'ALLOW_MULTIPLE_LIBTPU_LOAD'):
-    monkeypatch.setenv(name, '0')
-  monkeypatch.setenv('OPENBLAS_NUM_THREADS', '1')
-  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  return importlib.import_module('tpu_compile')
+def tpu_compile(load_benchmark):
+  return load_benchmark('tpu_compile')
 
 
 def square(dtype='float32'):

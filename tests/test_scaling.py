@@ -14,19 +14,6 @@ BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 
 
 @pytest.fixture
-def load_benchmark(monkeypatch):
-  monkeypatch.syspath_prepend(BENCHMARKS)
-  # What they set at their top is gone after the test.
-  for name in ('TPU_SKIP_MDS_QUERY', 'TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES'):
-    monkeypatch.setenv(name, 'x')
-  for name in ('TPU_WORKER_ID', 'ALLOW_MULTIPLE_LIBTPU_LOAD'):
-    monkeypatch.setenv(name, '0')
-  monkeypatch.setenv('OPENBLAS_NUM_THREADS', '1')
-  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  return importlib.import_module
-
-
-@pytest.fixture
 def pod_compile(load_benchmark):
   return load_benchmark('pod_compile')
 

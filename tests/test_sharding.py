@@ -54,11 +54,15 @@ def test_results_of_one_device_and_shardings_that_stay(cases):
 
 def test_work_is_divided_and_little_is_sent():
   cases = ('polynomial,fsdp', 'polynomial,fsdp x tp', 'gram,tp')
-  for case, found in zip(cases, on_eight_devices('work', *cases), strict=True):
+  *even, filled = on_eight_devices('work', *cases, 'polynomial,fsdp,9')
+  for case, found in zip(cases, even, strict=True):
     assert found['flops'] <= 1.3, (case, found)
     # One all-to-all each way is 7/4 of them; the rest is what is known of spectra.
     assert 1.7 <= found['bytes'] <= 2, (case, found)
     assert 'all-gather' not in found['kinds'], (case, found)
+  # Nine on eight devices: two places each, filled up, and all of them sent.
+  assert filled['flops'] == pytest.approx(16 / 9, rel=0.02)
+  assert filled['bytes'] == pytest.approx(16 / 9 * 7 / 4, rel=0.05)
 
 
 def test_of_one_tall_matrix_the_gram_matrix_is_summed():

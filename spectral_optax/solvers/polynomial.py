@@ -44,7 +44,7 @@ class Layout(NamedTuple):
   unroll: bool
 
 
-# Two CPU cores: a second cut would take 2 to 5 % off the time and triple what there is to compile.
+# On a CPU a second cut would take a few percent off the time and triple what there is to compile.
 IN_CACHE = Layout(chunk=2**21, levels=1, cut_from=512, unroll=False)
 FEW_KERNELS = Layout(chunk=2**26, levels=0, cut_from=0, unroll=True)
 FEW_FLOPS = Layout(chunk=2**21, levels=2, cut_from=512, unroll=False)
