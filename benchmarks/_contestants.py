@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -148,17 +149,91 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
 
 
 def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation:
-  """Ours, with the exponent measured as it trains, and σ* that of the defaults."""
+  """Ours, with the exponent measured as it trains, and σ* of `earlier_numbers`."""
   rule = spectral_optax.measured_alpha(every=problem.task.every, top_k=8)
+  turns = {
+    path: exponents.Turn.of(*(EARLIER_CONV if kind == 'conv' else EARLIER_OTHER))
+    for path, kind in problem.types.items()
+  }
   return spectral_optax.spectral_newton(
     schedule(problem, lane),
     alpha=rule,
+    damping=turns,
     momentum=lane['momentum'],
     solver='polynomial',
     tolerance=TOLERANCE,
     update_rms=UPDATE_RMS,
     weight_decay=WEIGHT_DECAY,
   )
+
+
+def left_of_noise(momentum: Any) -> Any:
+  """Noise in a Nesterov momentum over that in N = gradient - momentum before it; in the long run.
+
+  The momentum before it has (1 - β)/(1 + β) of a gradient's variance v, N has 2v/(1 + β), and
+  the step ahead is β² of that momentum and 1 - β² of the gradient.
+  """
+  left = momentum**4 * (1 - momentum) / (1 + momentum) + (1 - momentum**2) ** 2
+  return (left * (1 + momentum) / 2) ** 0.5
+
+
+NOISE_FLOOR = 0.01  # σ* where there is no noise.
+
+
+def knee_at_noise(momentum: Any) -> optax.GradientTransformation:
+  """α = 1.5 with the knee of each direction at what noise leaves of its σ in doubt; of matrices.
+
+      G (GᵀG + c² NᵀN / m)^(-α/2),      N = gradient - momentum, c = `left_of_noise`
+
+  To first order noise moves σ_k by one entry of N, as its k-th singular directions see it, and
+  |N vₖ|/√m is the size of that. GᵀG + c² NᵀN/m is the Gram matrix of N's rows put under G's.
+  """
+
+  def init(params):
+    return optax.TraceState(jax.tree.map(jax.numpy.zeros_like, params)), jax.numpy.zeros([])
+
+  def update(updates, state, params=None):
+    del params
+    (before,), count = state
+    moved = optax.tree.update_moment(updates, before, momentum, 1)
+    hat = lambda tree, count: optax.tree.bias_correction(tree, momentum, count)
+    ahead = jax.tree.map(
+      lambda m, g: momentum * m + (1 - momentum) * g, hat(moved, count + 2), hat(updates, count + 1)
+    )
+    usual = jax.tree.map(
+      lambda m: jax.numpy.where(count > 0, m, 0), hat(before, jax.numpy.maximum(count, 1))
+    )
+
+    def transfer(g, gradient, average):
+      axis = int(g.shape[0] < g.shape[1])  # Under the longer columns, or beside the longer rows.
+      noise = left_of_noise(momentum) * (gradient - average) / g.shape[axis] ** 0.5
+      stacked = spectral_optax.apply_transfer(
+        jax.numpy.concatenate([g, noise], axis=axis),
+        alpha=1.5,
+        damping=NOISE_FLOOR**1.5,
+        solver='polynomial',
+        tolerance=TOLERANCE,
+      )
+      return jax.lax.slice_in_dim(stacked, 0, g.shape[axis], axis=axis)
+
+    new = jax.tree.map(transfer, ahead, updates, usual)
+    return new, (optax.TraceState(moved), count + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def noise(problem: Problem, lane: Any) -> optax.GradientTransformation:
+  """Ours with a damping that sets itself."""
+  rate = schedule(problem, lane)
+  matrices = optax.chain(
+    knee_at_noise(lane['momentum']),
+    spectral_optax.scale_to_rms(
+      UPDATE_RMS, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(0, 1)
+    ),
+    optax.add_decayed_weights(WEIGHT_DECAY),
+    optax.scale_by_learning_rate(rate),
+  )
+  return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
 
 
 def apart(
@@ -417,6 +492,7 @@ PROGRAMS = {
   'measured_online': Program(
     measured_online, one_by_one=True, period=lambda problem: problem.task.every
   ),
+  'noise': Program(noise),
   'contramuon': _rollfast('contramuon'),
   'normuon': _rollfast('normuon'),
   'contranormuon': _rollfast('contranormuon'),
@@ -516,9 +592,27 @@ def shuffled(values: Mapping[str, float], seed: int) -> dict[str, float]:
   return {path: given[i] for path, i in zip(values, order, strict=True)}
 
 
+DEFAULT_MOMENTUM = inspect.signature(spectral_optax.spectral_newton).parameters['momentum'].default
+
+
 def default_numbers(problem: Problem, seed: int, knob: float) -> Lane:
   """What a user gets who says nothing."""
   pairs = {p: exponents.default_exponents(t) for p, t in problem.types.items()}
+  return {
+    'alpha': compact({p: a for p, (a, _) in pairs.items()}),
+    'turn': compact({p: d ** (1 / a) for p, (a, d) in pairs.items()}),
+    'momentum': DEFAULT_MOMENTUM,
+  }
+
+
+# (α, d) of convolutions and of every other matrix, as the defaults were before this comparison
+# moved them; the momentum was Muon's 0.95. What was measured around them keeps its meaning.
+EARLIER_CONV, EARLIER_OTHER = (2.0, 0.1), (1.5, 0.015)
+
+
+def earlier_numbers(problem: Problem, seed: int, knob: float) -> Lane:
+  """The defaults before this comparison."""
+  pairs = {p: EARLIER_CONV if t == 'conv' else EARLIER_OTHER for p, t in problem.types.items()}
   return {
     'alpha': compact({p: a for p, (a, _) in pairs.items()}),
     'turn': compact({p: d ** (1 / a) for p, (a, d) in pairs.items()}),
@@ -596,11 +690,17 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       numbers=default_numbers,
     ),
     Contestant(
+      'earlier',
+      'spectral_newton',
+      'Spectral Newton, σ* = 0.06, momentum 0.95',
+      numbers=earlier_numbers,
+    ),
+    Contestant(
       'momentum',
       'spectral_newton',
-      'Spectral Newton, defaults but for a tuned momentum',
+      'Spectral Newton, σ* = 0.06, tuned momentum',
       knob=BY_MOMENTUM,
-      numbers=default_numbers,
+      numbers=earlier_numbers,
     ),
     Contestant(
       'lower_turn',
@@ -608,6 +708,12 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'Spectral Newton, α = 1.5, σ* = 0.03, tuned momentum',
       knob=BY_MOMENTUM,
       numbers=lambda *_: {'alpha': 1.5, 'turn': 0.03},
+    ),
+    Contestant(
+      'noise',
+      'noise',
+      'Spectral Newton, α = 1.5, σ* from the noise',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
     ),
     Contestant(
       'published',
@@ -659,10 +765,10 @@ def _of_measured(measured: Measured) -> Iterable[Contestant]:
 
   def numbers(form: str, order: str) -> Callable[[Problem, int, float], Lane]:
     def made(problem: Problem, seed: int, knob: float) -> Lane:
-      # σ* stays that of the defaults, as where a user gives α alone.
+      # Beside 'earlier': σ* stays, as where a user gives α alone.
       alphas = measured[problem.task.name][form]['alpha']
       alphas = {path: alphas[path] for path in problem.matrices}
-      turn = default_numbers(problem, seed, knob)['turn']
+      turn = earlier_numbers(problem, seed, knob)['turn']
       return {'alpha': compact(arranged(alphas, order, seed)), 'turn': turn}
 
     return made

@@ -600,7 +600,7 @@ def measure_all(problems: Iterable[_problems.Problem], args: argparse.Namespace)
   found = json.loads(args.measured.read_text('utf-8')) if args.measured.is_file() else {}
   for problem in problems:
     lane = {'seed': _contestants.TUNING_SEEDS[0], 'rate': MEASURING_RATE}
-    lane |= _contestants.default_numbers(problem, 0, 0.0)
+    lane |= _contestants.earlier_numbers(problem, 0, 0.0)
     of = _measured.measure(
       problem,
       functools.partial(_contestants.spectral_newton, problem),

@@ -39,11 +39,11 @@ PUBLISHED_ALPHA: Mapping[str, float] = {
 }
 PUBLISHED_DAMPING = 0.1
 
-# Ours, until the comparison of benchmarks/ settles them: (α, d) of convolutions, and
-# of every other matrix. They put the turn of T, σ* = d^(1/α), at 0.32 and 0.06 of the
+# Ours, from the comparison of benchmarks/convergence.py: (α, d) of convolutions, and
+# of every other matrix. They put the turn of T, σ* = d^(1/α), at 0.32 and 0.04 of the
 # root mean square singular value.
 DEFAULT_CONV = (2.0, 0.1)
-DEFAULT_OTHER = (1.5, 0.015)
+DEFAULT_OTHER = (1.5, 0.008)
 
 
 def default_exponents(layer_type: str | None) -> tuple[float, float]:
@@ -119,6 +119,11 @@ class Turn:
   """A damping given by where T turns over, whatever α turns out to be: d = σ*^α."""
 
   log_sigma: float
+
+  @classmethod
+  def of(cls, alpha: float, damping: float) -> 'Turn':
+    """Where T with this α and d turns over."""
+    return cls(math.log(damping) / alpha)
 
   def damping(self, alpha: Any) -> Any:
     """D at this α, a number or an array."""
@@ -199,8 +204,7 @@ def resolve(
 
 def default_turn(layer_type: str | None) -> Turn:
   """Where the default has the turn of T."""
-  alpha, damping = default_exponents(layer_type)
-  return Turn(math.log(damping) / alpha)
+  return Turn.of(*default_exponents(layer_type))
 
 
 def _same_turn(alpha: Any, view: layout.MatrixView, layer_type: str | None) -> Any:

@@ -16,7 +16,7 @@ def spectral_newton(
   alpha: Any = 'default',
   damping: Any = None,
   *,
-  momentum: float | jax.Array = 0.95,
+  momentum: float | jax.Array = 0.9,
   nesterov: bool = True,
   mu_dtype: Any | None = None,
   normalize: str | None = 'rms',
@@ -66,7 +66,7 @@ def spectral_newton(
         then needs ``value_fn=loss_fn``, a function of the parameters.
     damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or None for the one that
       goes with α: 0.1 for ``"layer_type"``, as published; else 0.1 at α = 2 for
-      convolutions and 0.015 at α = 1.5 for other matrices, and at any other α the d
+      convolutions and 0.008 at α = 1.5 for other matrices, and at any other α the d
       with the same turning point d^(1/α).
     momentum: Decay of the running average of the gradients.
     nesterov: Whether the average looks one step ahead.

@@ -38,7 +38,7 @@ class MomentumState(NamedTuple):
 
 
 def scale_by_momentum(
-  momentum: float | jax.Array = 0.95,
+  momentum: float | jax.Array = 0.9,
   *,
   nesterov: bool = True,
   mu_dtype: Any | None = None,
@@ -480,7 +480,7 @@ def scale_by_spectral_newton(
   alpha: Any = 'default',
   damping: Any = None,
   *,
-  momentum: float | jax.Array = 0.95,
+  momentum: float | jax.Array = 0.9,
   nesterov: bool = True,
   mu_dtype: Any | None = None,
   normalize: str | None = 'rms',

@@ -139,6 +139,73 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
     assert float(jnp.sqrt(jnp.mean(updates[path] ** 2))) == pytest.approx(0.2 * rate, rel=1e-3)
 
 
+def test_the_defaults_contestant_is_what_a_user_gets(convergence):
+  """Three steps of different gradients, beside `spectral_newton(rate)`."""
+  problems, contestants = convergence._problems, convergence._contestants
+  task = problems.TASKS['vgg-fashion']
+  arrays = {'train_x': np.zeros((1, 1, 28, 28), np.uint8), 'train_y': np.array([9], np.uint8)}
+  problem = problems.Problem(task, arrays, together=False)
+  everyone = contestants.contestants()
+  lane = contestants.traced(problem, everyone['spectral_newton'].lane(problem, 0, 0.02, None))
+  params = {p: jnp.ones(x.shape) for p, x in problem.shapes.items()}
+  library = contestants.spectral_optax.spectral_newton(
+    contestants.schedule(problem, lane),
+    weight_decay=contestants.WEIGHT_DECAY,
+    solver='polynomial',
+    tolerance=contestants.TOLERANCE,
+  )
+  ours = contestants.spectral_newton(problem, lane)
+  states = ours.init(params), library.init(params)
+  for step in range(3):
+    key = jax.random.key(step)
+    grads = {p: jax.random.normal(jax.random.fold_in(key, i), x.shape)
+             for i, (p, x) in enumerate(params.items())}  # fmt: skip
+    (found, first), (exact, second) = (
+      jax.jit(tx.update)(grads, state, params)
+      for tx, state in zip((ours, library), states, strict=True)
+    )
+    states = first, second
+  for path in params:
+    np.testing.assert_allclose(found[path], exact[path], rtol=1e-4, atol=1e-7)
+
+
+def test_the_knee_at_the_noise(convergence):
+  """What is left of noise by its weights; and the update by the eigenvectors of its definition."""
+  contestants, momentum = convergence._contestants, 0.8
+  # Of gradients t = 0, 1, 2, ... steps ago, in the long run.
+  average = (1 - momentum) * momentum ** np.arange(400)
+  before = np.concatenate([[0], average[:-1]])
+  ahead = momentum * average
+  ahead[0] += 1 - momentum
+  noise = -before
+  noise[0] += 1
+  left = np.linalg.norm(ahead) / np.linalg.norm(noise)
+  assert contestants.left_of_noise(momentum) == pytest.approx(left, rel=1e-6)
+
+  rng = np.random.default_rng(0)
+  params = {'tall': jnp.zeros((20, 7)), 'wide': jnp.zeros((7, 20))}
+  tx = contestants.knee_at_noise(momentum)
+  state = tx.init(params)
+  steps = [{p: rng.normal(size=x.shape) for p, x in params.items()} for _ in range(4)]
+  for grads in steps:
+    updates, state = jax.jit(tx.update)(jax.tree.map(jnp.float32, grads), state)
+  for path in params:
+    gradients = np.stack([grads[path] for grads in steps])
+    gradients = gradients if path == 'tall' else gradients.transpose(0, 2, 1)
+    weights = momentum ** np.arange(3, -1, -1.0)
+    total = np.einsum('t,tij->ij', weights, gradients) * (1 - momentum)
+    ahead = momentum * total / (1 - momentum**5)
+    ahead += (1 - momentum) * gradients[-1] / (1 - momentum**4)
+    average = np.einsum('t,tij->ij', weights[1:], gradients[:-1]) / weights[1:].sum()
+    noise = contestants.left_of_noise(momentum) * (gradients[-1] - average)
+    values, vectors = np.linalg.eigh(ahead.T @ ahead + noise.T @ noise / 20)
+    values /= values.mean()
+    exact = ahead @ (vectors / (values**0.75 + contestants.NOISE_FLOOR**1.5)) @ vectors.T
+    found = np.asarray(updates[path] if path == 'tall' else updates[path].T, np.float64)
+    exact, found = exact / np.linalg.norm(exact), found / np.linalg.norm(found)
+    np.testing.assert_allclose(found, exact, atol=contestants.TOLERANCE)
+
+
 def test_contestants_are_tuned_alike(convergence):
   contestants, problems = convergence._contestants, convergence._problems
   problem = problems.Problem(problems.TASKS['mlp-digits'], problems.load('digits'), together=False)
@@ -159,8 +226,9 @@ def test_contestants_are_tuned_alike(convergence):
       contestants.traced(problem, lane)
   at = lambda name: everyone[name].lane(problem, 3, 0.01, 0.0)
   assert at('measured_before')['alpha'] == at('measured_early')['alpha'] == values
-  # As where a user gives α alone, σ* is the default's.
-  assert at('measured_early')['turn'] == at('spectral_newton')['turn']
+  # Of the contestant that they stand beside, σ* and the momentum.
+  assert at('measured_early')['turn'] == at('earlier')['turn']
+  assert 'momentum' not in at('measured_early') and 'momentum' not in at('earlier')
   reversed_order = at('measured_early_reversed')['alpha']
   assert reversed_order == pytest.approx({p: 3.0 - a for p, a in values.items()})
   shuffled = at('measured_early_shuffled')['alpha']

@@ -108,7 +108,7 @@ def test_language_model_measures_alpha_in_every_layer(language_model, tmp_path):
       near = good and layer['alpha'] == pytest.approx(np.clip(alpha, 0.5, 3), rel=1e-3)
       (taken if near else default).append(layer['alpha'])
       # d follows, so that T turns where it did.
-      assert layer['damping'] == pytest.approx(0.015 ** (layer['alpha'] / 1.5), rel=1e-3)
+      assert layer['damping'] == pytest.approx(0.008 ** (layer['alpha'] / 1.5), rel=1e-3)
   assert len(taken) >= 3
   np.testing.assert_allclose(default, 1.5, rtol=1e-6)
 

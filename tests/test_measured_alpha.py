@@ -235,7 +235,7 @@ def test_the_exponents_of_the_loss_are_found_and_taken(which):
     assert not np.asarray(found['measured_negative'][path]).any()
     # The turn of T stays where the default has it.
     np.testing.assert_allclose(
-      found['damping'][path], (0.015 ** (1 / 1.5)) ** np.asarray(found['alpha'][path]), rtol=1e-5
+      found['damping'][path], (0.008 ** (1 / 1.5)) ** np.asarray(found['alpha'][path]), rtol=1e-5
     )
   # The update is that of the same α and d said by the user.
   said = optimizer(found['alpha'], which, damping=found['damping'])

@@ -70,7 +70,7 @@ def test_defaults_by_layer_type():
   tx = spectral_optax.scale_by_spectral_transfer(solver='gram')
   updates, state = jax.jit(tx.update)(grads, tx.init(grads))
   conv = reference.update(grads['Conv_0']['kernel'].reshape(18, 6), 2, 0.1)
-  dense = reference.update(grads['Dense_0']['kernel'], 1.5, 0.015)
+  dense = reference.update(grads['Dense_0']['kernel'], 1.5, 0.008)
   np.testing.assert_allclose(updates['Conv_0']['kernel'].reshape(18, 6), conv, atol=1e-5)
   np.testing.assert_allclose(updates['Dense_0']['kernel'], dense, atol=1e-4)
   assert {k: float(v.ravel()[0]) for k, v in state.alpha.items()} == {
@@ -126,7 +126,7 @@ def test_published_figures_lie_in_their_published_ranges():
 def test_damping_defaults_to_the_default_turning_point(alpha):
   params = mixed_params()
   state = spectral_optax.scale_by_spectral_transfer(alpha).init(params)
-  for path, turn in (('Conv_0/kernel', 0.1**0.5), ('head/kernel', 0.015 ** (1 / 1.5))):
+  for path, turn in (('Conv_0/kernel', 0.1**0.5), ('head/kernel', 0.008 ** (1 / 1.5))):
     np.testing.assert_allclose(state.damping[path], turn**alpha, rtol=1e-5)
 
 
@@ -414,7 +414,7 @@ def test_state_says_what_is_known_of_the_spectrum():
   stacked = np.linalg.svd(np.float64(grads['layers']['kernel']), compute_uv=False)
   np.testing.assert_allclose(get('sigma_max')['layers/kernel'], stacked[:, 0], rtol=0.02)
   assert get('alpha')['Conv_0/kernel'] == 2.0
-  assert get('damping')['head/kernel'] == np.float32(0.015)
+  assert get('damping')['head/kernel'] == np.float32(0.008)
 
 
 def test_statistics_by_path_are_a_mapping_and_one_array():

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from spectral_optax.solvers._problem import Problem, known
 
 # The turning point σ* that the number of terms for a traced d is made for.
-USUAL_TURN = 0.06
+USUAL_TURN = 0.04
 # What least squares in float32 reach.
 SMALLEST_TRACED_TOLERANCE = 1e-2
 
