@@ -304,14 +304,11 @@ def cost_note(content: Mapping[str, Any]) -> str:
 
 BEGIN = '<!-- convergence: from here on made by benchmarks/convergence.py --report -->'
 END = '<!-- convergence: to here -->'
-SHOWN = (
-  *('adamw', 'muon', 'spectral_newton', 'measured_before', 'measured_early', 'measured_online'),
-  *('shampoo', 'soap', 'kfac'),
-)
+SHOWN = ('adamw', 'muon', 'spectral_newton', 'earlier', 'noise', 'shampoo', 'soap', 'kfac')
 NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normalisation',
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
 DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
-SPECTRAL = ('spectral_newton', 'measured_online')  # Programs that are ours.
+SPECTRAL = ('spectral_newton', 'measured_online', 'noise')  # Programs that are ours.
 
 
 def readme_part(content: Mapping[str, Any]) -> str:
@@ -319,8 +316,8 @@ def readme_part(content: Mapping[str, Any]) -> str:
   tasks = {name: (task, summary(task)) for name, task in content['tasks'].items()}
   heads = {
     'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
-    'measured_before': 'α measured before', 'measured_early': 'α measured after 50 steps',
-    'measured_online': 'α measured online', 'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
+    'earlier': 'σ* = 0.06, momentum 0.95', 'noise': 'σ* from the noise',
+    'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
   }  # fmt: skip
   there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
 

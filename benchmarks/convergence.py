@@ -575,7 +575,7 @@ def momenta(muon: Iterable[Record], cells: Iterable[dict[str, Any]]) -> dict[str
     if (cell['alpha'], cell['turn']) in elsewhere:
       name = f'α = {cell["alpha"]:g}, σ* = {cell["turn"]:g}'
       found.setdefault(f'{cell["momentum"]:g}', {})[name] = cell
-  return dict(sorted(found.items())) if len(found) > 1 else {}
+  return dict(sorted(found.items())) if set(found) - {f'{usual:g}'} else {}
 
 
 def best_rate(losses: dict[float, dict[int, float]]) -> dict[str, Any]:

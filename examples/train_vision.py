@@ -161,6 +161,7 @@ class OptimizerSettings:
   solver: str = 'auto'
   update_rms: float = 0.2
   tolerance: float | None = None
+  momentum: float = 0.9
 
 
 def make_optimizer(
@@ -175,6 +176,7 @@ def make_optimizer(
     # Convolutions too, and updates of AdamW's size: Muon at its best.
     return optax.contrib.muon(
       learning_rate,
+      beta=settings.momentum,
       weight_decay=decay,
       muon_weight_dimension_numbers=spectral_optax.weight_dimension_numbers,
       consistent_rms=0.2,
@@ -185,6 +187,7 @@ def make_optimizer(
     damping=settings.damping,
     solver=settings.solver,
     tolerance=settings.tolerance,
+    momentum=settings.momentum,
     update_rms=settings.update_rms,
     weight_decay=decay,
   )
@@ -405,8 +408,10 @@ def spectra(optimizer: nnx.Optimizer) -> dict[str, dict[str, Any]]:
 def optimizer_settings(
   name: str, steps: int, update_rms: float, args: argparse.Namespace
 ) -> OptimizerSettings:
-  if name != 'spectral_newton':
+  if name == 'adamw':
     return OptimizerSettings(name, steps, args.weight_decay)
+  if name == 'muon':
+    return OptimizerSettings(name, steps, args.weight_decay, momentum=args.momentum)
   return OptimizerSettings(
     name,
     steps,
@@ -416,6 +421,7 @@ def optimizer_settings(
     args.solver,
     update_rms,
     args.tolerance,
+    args.momentum,
   )
 
 
@@ -469,6 +475,7 @@ def compare(
       'solver': args.solver,
       'tolerance': args.tolerance,
       'update_rms': args.update_rms[0],
+      'momentum': args.momentum,
     },
     'optimizers': results,
     'spectra': spectra(runs['spectral_newton'][-1].optimizer) if 'spectral_newton' in runs else {},
@@ -545,6 +552,8 @@ def tune(
   for name, update_rms in variants:
     settings = optimizer_settings(name, steps, update_rms or 0.2, args)
     row: dict[str, Any] = {'optimizer': name, 'validation_loss': {}, 'validation_accuracy': {}}
+    if name != 'adamw':
+      row['momentum'] = args.momentum
     if name == 'spectral_newton':
       row |= {
         'alpha': args.alpha,
@@ -672,6 +681,7 @@ def make_parser() -> argparse.ArgumentParser:
   choices = ('auto', *solvers.SOLVERS)
   add('--solver', default='auto', choices=choices, help='cholesky: with --alpha 2 alone')
   add('--tolerance', type=float, help="of approximate solvers; default the library's")
+  add('--momentum', type=float, default=0.9, help="Spectral Newton's and Muon's, %(default)s")
   add('--update-rms', type=float, nargs='+', default=[0.2], help='0.2; several with --tune')
   add('--tune', action='store_true', help='tune the learning rates in place of comparing')
   add('--grid', type=float, nargs='+', help='learning rates for --tune; default by data set')

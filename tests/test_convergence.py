@@ -111,6 +111,25 @@ def test_a_map_and_exponents_that_move(small, tmp_path, monkeypatch, capsys):
   assert (tmp_path / 'map_map.png').is_file()
 
 
+def test_other_momenta(small, tmp_path, capsys):
+  output = tmp_path / 'momenta.json'
+  command = '--tasks mlp-digits --momenta 0.9 --alphas 1.5 --turns 0.06 --rates 0.01 0.02'
+  command = f'{command} --map-seeds 200 201 --lanes 4 --quiet --work {tmp_path} --output {output}'
+  small.main(command.split())
+  found = json.loads(output.read_text())['tasks']['mlp-digits']['momenta']
+  assert list(found) == ['0.9']
+  assert set(found['0.9']) == {'Muon', 'α = 1.5, σ* = 0.06'}
+  for of in found['0.9'].values():
+    assert set(of['losses']) == {'200', '201'}
+    assert set(of['by_rate']) == {'0.01', '0.02'}
+  # As a user's momentum of 0.9, and not as 0.95.
+  lines = (tmp_path / 'mlp-digits' / 'muon.jsonl').read_text('utf-8').splitlines()
+  lanes = [json.loads(line)['lane'] for line in lines]
+  assert [lane['momentum'] for lane in lanes] == [0.9] * 4
+  shown = f'{np.mean(list(found["0.9"]["Muon"]["losses"].values())):.4f}'
+  assert f'| Muon | {shown} ({found["0.9"]["Muon"]["rate"]:g}) |' in capsys.readouterr().out
+
+
 def test_spectral_newton_of_a_lane_is_the_librarys(small):
   problems, contestants = small._problems, small._contestants
   task = problems.TASKS['mlp-digits']
@@ -228,7 +247,8 @@ def test_contestants_are_tuned_alike(convergence):
   assert at('measured_before')['alpha'] == at('measured_early')['alpha'] == values
   # Of the contestant that they stand beside, σ* and the momentum.
   assert at('measured_early')['turn'] == at('earlier')['turn']
-  assert 'momentum' not in at('measured_early') and 'momentum' not in at('earlier')
+  assert 'momentum' not in at('measured_early')
+  assert 'momentum' not in at('earlier')
   reversed_order = at('measured_early_reversed')['alpha']
   assert reversed_order == pytest.approx({p: 3.0 - a for p, a in values.items()})
   shuffled = at('measured_early_shuffled')['alpha']
