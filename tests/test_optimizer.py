@@ -1,6 +1,8 @@
 """The transformations: what they compute, and that they behave as Optax asks."""
 
 import functools
+import inspect
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import spectral_optax
-from spectral_optax import layout, transform
+from spectral_optax import exponents, layout, transform
 from tests import reference
 
 
@@ -80,6 +82,22 @@ def test_defaults_by_layer_type():
     'head/kernel': 1.5,
     'layers/kernel': 1.5,
   }
+
+
+def test_readme_says_the_defaults():
+  text = (Path(__file__).parents[1] / 'README.md').read_text('utf-8')
+  rows = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| ')]
+  said = {row[0]: row[1:] for row in rows}
+  parameters = inspect.signature(spectral_optax.spectral_newton).parameters
+  momentum = said['`momentum`, `nesterov`, `mu_dtype`'][0].split(', ')[0]
+  assert float(momentum) == parameters['momentum'].default
+  for name, defaults in (
+    ('convolutions', exponents.DEFAULT_CONV),
+    ('every other matrix', exponents.DEFAULT_OTHER),
+  ):
+    alpha, damping, turn = map(float, said[name])
+    assert (alpha, damping) == defaults
+    assert turn == pytest.approx(damping ** (1 / alpha), rel=0.02)
 
 
 def test_published_table_by_layer_type():
@@ -182,10 +200,10 @@ def test_momentum_is_that_of_muon():
   for nesterov in (True, False):
     # One Newton-Schulz step with the polynomial x: muon minus its orthogonalisation.
     muon = optax.contrib.scale_by_muon(
-      ns_coeffs=(1.0, 0.0, 0.0), ns_steps=1, nesterov=nesterov,
+      ns_coeffs=(1.0, 0.0, 0.0), ns_steps=1, nesterov=nesterov, beta=0.95,
       weight_dimension_numbers={'w': MuonDimensionNumbers()},
     )  # fmt: skip
-    ours = spectral_optax.scale_by_momentum(nesterov=nesterov)
+    ours = spectral_optax.scale_by_momentum(0.95, nesterov=nesterov)
     their_state, our_state = muon.init(grads[0]), ours.init(grads[0])
     for grad in grads:
       theirs, their_state = muon.update(grad, their_state)
@@ -198,10 +216,11 @@ def test_momentum_is_that_of_muon():
 def test_whole_step_is_muons_in_the_limit():
   """α = 1, d → 0: exact Muon with consistent RMS, and AdamW for the rest."""
   params = {'kernel': jax.random.normal(jax.random.key(0), (12, 5)), 'bias': jnp.ones(5)}
-  ours = spectral_optax.spectral_newton(0.1, 1.0, 1e-7, weight_decay=0.01)
+  ours = spectral_optax.spectral_newton(0.1, 1.0, 1e-7, momentum=0.95, weight_decay=0.01)
   theirs = optax.contrib.muon(
     # Convergent coefficients make it exact; Muon's own only come within 0.3.
-    0.1, ns_coeffs=(1.5, -0.5, 0.0), ns_steps=40, weight_decay=0.01, consistent_rms=0.2,
+    0.1, ns_coeffs=(1.5, -0.5, 0.0), ns_steps=40, beta=0.95, weight_decay=0.01,
+    consistent_rms=0.2,
   )  # fmt: skip
   states = [ours.init(params), theirs.init(params)]
   for seed in range(3):
