@@ -116,11 +116,15 @@ def _minimax(columns):
 
 
 @functools.lru_cache(maxsize=256)
-def _fit(problems: tuple[tuple[float, float, float], ...], tolerance: float) -> Expansion:
+def _fit(
+  problems: tuple[tuple[float, float, float], ...],
+  tolerance: float,
+  stretches: tuple[float, ...] = _STRETCHES,
+) -> Expansion:
   alpha, reach, delta = np.asarray(problems, np.float64).T
   # No fit within 0.3 has less than half a step for each e-fold of λ.
   first = max(1, int(0.5 * reach.max())) if tolerance < 0.3 else 0
-  rates = [rate(alpha, tolerance) * stretch for stretch in _STRETCHES]
+  rates = [rate(alpha, tolerance) * stretch for stretch in stretches]
   for steps in range(first, MAX_STEPS + 1):
     r, weights, error = rates[0], *_minimax(_columns(alpha, reach, delta, rates[0], steps))
     for other in rates[1:]:
@@ -157,8 +161,9 @@ def usual_steps(reach: float, tolerance: float) -> int:
   """Steps that meet `tolerance` for α from 0.5 to 2.8 and this R."""
   reach = float(np.clip(reach, MIN_REACH, MAX_REACH))
   ones = np.ones_like(_ALPHAS)
-  # Least squares are off by up to this much more than a minimax.
-  return fit(_ALPHAS, reach * ones, ones, tolerance / 1.5).weights.shape[1] - 2
+  problems = tuple(zip(_ALPHAS.tolist(), (reach * ones).tolist(), ones.tolist(), strict=True))
+  # At the r that `traced_fit` takes. Least squares are off by up to this much more than a minimax.
+  return _fit(problems, tolerance / 1.5, (1.0,)).weights.shape[1] - 2
 
 
 def traced_fit(
