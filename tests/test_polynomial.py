@@ -105,6 +105,16 @@ def test_the_cost():
       assert products <= most
 
 
+def test_a_fit_looks_around_its_r():
+  # The default on matrices of 1024, a product less; and what no number of steps did at the usual r.
+  error, products = terms(polynomial.FAMILY, 1.5, 0.008, 1024.0, 0.1)
+  assert products == 14
+  assert error <= 0.1
+  error, products = terms(polynomial.FAMILY, 2.8, 0.04**2.8, 1024.0, 1e-3)
+  assert products <= 22
+  assert error <= 1e-3
+
+
 def problem(g, alpha, damping, tolerance=0.1):
   """Of one matrix, of unit RMS, m ≥ n."""
   n = g.shape[1]
