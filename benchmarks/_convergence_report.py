@@ -72,12 +72,16 @@ def summary(task: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     row: dict[str, Any] = {'what': of['what'], 'rate': of['tuned']['rate']}
     row |= {'knob': of['tuned']['knob'], 'knob_name': of['knob']}
     row |= {'at_the_edge': of['tuned']['at_the_edge'], 'seeds': len(of['runs'])}
+    last = [run['train'][-1] for run in of['runs']]
+    row['train_loss'] = interval([math.inf if x is None else x for x in last])
     for key in ('test_loss', 'test_accuracy', 'validation_loss'):
       row[key] = interval(list(by_seed(of, key).values()))
     for other in COMPARED_WITH:
       if other in entries and other != name:
         mine, theirs = (by_seed(x, 'test_loss') for x in (of, entries[other]))
         row[f'minus_{other}'] = paired(mine, theirs)[:2]
+        mine, theirs = (by_seed(x, 'test_accuracy') for x in (of, entries[other]))
+        row[f'accuracy_minus_{other}'] = paired(mine, theirs)[:2]
     if target is not None:
       reached = [steps_to(run['validation'], every, target) for run in of['runs']]
       row['reached'] = sum(r is not None for r in reached)
@@ -119,11 +123,12 @@ def plus_minus(pair: tuple[float, float] | None, digits: int, sign: str = '') ->
 
 def contestants_table(task: Mapping[str, Any]) -> str:
   """Of one task, the best first."""
-  columns = ['', 'test loss', 'accuracy %', '- AdamW', '- Muon', 'steps to Muon', 'ms a step']
-  columns += ['s to Muon', 'GFLOP to Muon', 'rate', 'knob']
+  columns = ['', 'test loss', '- AdamW', '- Muon', 'accuracy %', '- AdamW', '- Muon']
+  columns += ['training loss at the end', 'steps to Muon', 'ms a step', 's to Muon']
+  columns += ['GFLOP to Muon', 'rate', 'knob']
   rows = []
   for row in summary(task).values():
-    percent = tuple(100 * x for x in row['test_accuracy'])
+    percent = lambda pair: None if pair is None else (100 * pair[0], 100 * pair[1])
     reached = seconds = flops = ''
     if 'steps' in row:
       some = '' if row['reached'] == row['seeds'] else f' ({row["reached"]} of {row["seeds"]})'
@@ -134,8 +139,12 @@ def contestants_table(task: Mapping[str, Any]) -> str:
       [
         row['what'],
         plus_minus(row['test_loss'], 4),
-        plus_minus(percent, 2),
         *(plus_minus(row.get(f'minus_{other}'), 4, '+') for other in COMPARED_WITH),
+        plus_minus(percent(row['test_accuracy']), 2),
+        *(
+          plus_minus(percent(row.get(f'accuracy_minus_{other}')), 2, '+') for other in COMPARED_WITH
+        ),
+        plus_minus(row['train_loss'], 4),
         reached,
         significant(row['milliseconds']) if 'milliseconds' in row else '',
         seconds,
@@ -250,8 +259,8 @@ def markdown(content: Mapping[str, Any]) -> str:
       seeds = max(len(c['runs']) for c in task['contestants'].values())
       parts.append(contestants_table(task) + '\n')
       parts.append(
-        f'{seeds} seeds; mean ± half of the 95 % interval; differences of the test loss, seed by'
-        ' seed. Steps to the mean validation loss that Muon ends with; runs that do not get there'
+        f'{seeds} seeds; mean ± half of the 95 % interval; differences seed by seed. Steps to'
+        ' the mean validation loss that Muon ends with; runs that do not get there'
         f' count in full.{trained_on(task)}\n'
       )
     maps, paths = maps_of(task), paths_of(task)
@@ -312,7 +321,7 @@ SPECTRAL = ('spectral_newton', 'measured_online', 'noise')  # Programs that are 
 
 
 def readme_part(content: Mapping[str, Any]) -> str:
-  """Test losses, and what it takes to get to Muon's final loss, of those that are shown."""
+  """Test loss and accuracy, and what it takes to get to Muon's final loss, of those shown."""
   tasks = {name: (task, summary(task)) for name, task in content['tasks'].items()}
   heads = {
     'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
@@ -331,13 +340,19 @@ def readme_part(content: Mapping[str, Any]) -> str:
       continue
     alone = {n: r for n, r in rows.items() if n not in SHOWN}
     ours = {n: r for n, r in alone.items() if task['contestants'][n]['program'] in SPECTRAL}
-    best = min(rows, key=lambda n: _or_last(rows[n]['test_loss'][0]))
-    cells = [short(rows[n]['test_loss'], bold=n == best) if n in rows else '' for n in there]
+    least = min(rows, key=lambda n: _or_last(rows[n]['test_loss'][0]))
+    most = max(rows, key=lambda n: rows[n]['test_accuracy'][0])
+
+    def both(name: str, rows=rows, least=least, most=most) -> str:
+      loss = short(rows[name]['test_loss'], bold=name == least)
+      right = f'{100 * rows[name]["test_accuracy"][0]:.1f}'
+      return f'{loss}; {f"**{right}**" if name == most else right} %'
+
+    cells = [both(n) if n in rows else '' for n in there]
     said = ''
     if ours:
       other = next(iter(ours))
-      said = short(ours[other]['test_loss'], bold=other == best)
-      said += f' ({of_name(ours[other]["what"])})'
+      said = f'{both(other)} ({of_name(ours[other]["what"])})'
     losses.append([label(task), *cells, said])
     targets.append([label(task), *(three(rows[n]) if n in rows else '' for n in there)])
   titles = [heads[n] for n in there]

@@ -401,9 +401,9 @@ def test_the_price_of_a_step(small, tmp_path, monkeypatch):
 
 def test_what_the_readme_says(convergence, tmp_path):
   report = convergence._convergence_report
-  run = lambda seed, loss: {
-    'seed': seed, 'test_loss': loss, 'test_accuracy': 0.5, 'validation_loss': loss,
-    'validation': [2.0, loss], 'backend': 'gpu',
+  run = lambda seed, loss, accuracy=0.5: {
+    'seed': seed, 'test_loss': loss, 'test_accuracy': accuracy, 'validation_loss': loss,
+    'validation': [2.0, loss], 'train': [2.0, loss / 2], 'backend': 'gpu',
   }  # fmt: skip
   tuned = {'rate': 0.1, 'knob': None, 'at_the_edge': False}
   entry = lambda program, cost, *runs: {
@@ -418,7 +418,7 @@ def test_what_the_readme_says(convergence, tmp_path):
   contestants = {
     'muon': entry('muon', cost(2.0), run(0, 1.0), run(1, 1.2)),
     'spectral_newton': entry('spectral_newton', cost(4.0), run(0, 0.2), run(1, 0.2)),
-    'falling': entry('spectral_newton', cost(4.0), run(0, 0.3), run(1, 0.3)),
+    'falling': entry('spectral_newton', cost(4.0), run(0, 0.3, 0.75), run(1, 0.3, 0.7)),
     'adamw': entry('adamw', None, run(0, 3.0), run(1, 3.0)),
   }
   task = {'task': of, 'contestants': contestants, 'cells': [], 'references': {}}
@@ -440,12 +440,17 @@ def test_what_the_readme_says(convergence, tmp_path):
   assert once.startswith('before\n')
   assert once.endswith('\nafter\n')
   assert '\nold\n' not in once
-  assert '**.200 ± .000**' in once
-  assert '.300 ± .000 (spectral_newton)' in once
+  assert '**.200 ± .000**; 50.0 %' in once
+  assert '.300 ± .000; **72.5** % (spectral_newton)' in once
   assert '15; 4.00 ms; 0.0600 s; 15.0' in once
   assert 'never' in once
   text = report.markdown(content)
   assert '- A note.' in text
+  # More accurate by .25 and .2.
+  (row,) = (line for line in text.splitlines() if '72.50' in line)
+  assert row.split(' | ')[1:4] == ['0.3000 ± 0.0000', '-2.7000 ± 0.0000', '-0.8000 ± 1.2706']
+  percent = [cell.split(' ±')[0] for cell in row.split(' | ')[4:8]]
+  assert percent == ['72.50', '+22.50', '+22.50', '0.1500']
   assert '| 15 | 4.00 | 0.0600 | 15.0 |' in text
   # The project's own has the marks.
   readme = (BENCHMARKS.parent / 'README.md').read_text('utf-8')
@@ -502,7 +507,7 @@ def test_best_rate_and_divergence(convergence):
   assert set(best['by_rate']) == {0.1, 0.2, 0.4}  # One seed of two is not compared.
   run = lambda seed, loss: {
     'seed': seed, 'test_loss': loss, 'test_accuracy': 0.5, 'validation_loss': loss,
-    'validation': [2.0, loss],
+    'validation': [2.0, loss], 'train': [2.0, loss],
   }  # fmt: skip
   tuned = {'rate': 0.1, 'knob': None, 'at_the_edge': False}
   entry = lambda *runs: {'what': 'it', 'knob': '', 'tuned': tuned, 'runs': list(runs)}
