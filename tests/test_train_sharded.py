@@ -151,8 +151,7 @@ def test_killed_in_the_middle_of_a_save_and_started_again(api, tmp_path):
     return
   end(start(*other, *devices(1, 1, 1), '--steps', 12, '--output', tmp_path / 'other.json'))
   # T is steepest at σ* = 0.04 of the RMS: rounding of 1e-7 of σ_max, up to √64 of it, is 2e-5 of
-  # σ* there, in updates that are less than a tenth of the parameters. Without its momentum the
-  # step would be another one: 1e-3.
+  # σ* there, in updates that are less than a tenth of the parameters.
   assert distance(read(tmp_path / 'other.json')[1], want) < 1e-5
 
   misfit = start(*saving, *devices(1, 1, 1), '--steps', 13, '--optimizer', 'adamw')
