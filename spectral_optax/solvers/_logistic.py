@@ -36,9 +36,9 @@ MAX_STEPS = 30
 _POINTS = 240
 _TRACED_POINTS = 100
 _LAWSON = 40
-# Multiples of `rate` that are tried: one step less in a quarter of the cases, and some that
+# Multiples of `rate` that are tried too: one step less in a quarter of the cases, and some that
 # MAX_STEPS would not do for.
-_STRETCHES = (1.0, 1.03, 0.96)
+_STRETCHES = (1.03, 0.96)
 # α that a traced one is expected among.
 _ALPHAS = np.array([0.5, 0.85, 1.2, 1.6, 2.0, 2.8])
 
@@ -124,18 +124,24 @@ def _fit(
   alpha, reach, delta = np.asarray(problems, np.float64).T
   # No fit within 0.3 has less than half a step for each e-fold of λ.
   first = max(1, int(0.5 * reach.max())) if tolerance < 0.3 else 0
-  rates = [rate(alpha, tolerance) * stretch for stretch in stretches]
-  for steps in range(first, MAX_STEPS + 1):
-    r, weights, error = rates[0], *_minimax(_columns(alpha, reach, delta, rates[0], steps))
-    for other in rates[1:]:
+  usual = rate(alpha, tolerance)
+
+  def with_steps(steps):
+    r, (weights, error) = usual, _minimax(_columns(alpha, reach, delta, usual, steps))
+    for other in (usual * stretch for stretch in stretches):
       # From more than four times too much, no other r helps.
       if tolerance < _squared(error.max()) < 4 * tolerance or steps == MAX_STEPS:
         tried, least = _minimax(_columns(alpha, reach, delta, other, steps))
         better = least < error
         r, error = np.where(better, other, r), np.where(better, least, error)
         weights = np.where(better[:, None], tried, weights)
+    return r, weights, error
+
+  r, weights, error = with_steps(first)
+  for steps in range(first + 1, MAX_STEPS + 1):
     if _squared(error.max()) <= tolerance:
       break
+    r, weights, error = with_steps(steps)
   return Expansion(r, weights, _squared(error))
 
 
@@ -163,7 +169,7 @@ def usual_steps(reach: float, tolerance: float) -> int:
   ones = np.ones_like(_ALPHAS)
   problems = tuple(zip(_ALPHAS.tolist(), (reach * ones).tolist(), ones.tolist(), strict=True))
   # At the r that `traced_fit` takes. Least squares are off by up to this much more than a minimax.
-  return _fit(problems, tolerance / 1.5, (1.0,)).weights.shape[1] - 2
+  return _fit(problems, tolerance / 1.5, ()).weights.shape[1] - 2
 
 
 def traced_fit(
