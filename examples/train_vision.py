@@ -58,7 +58,7 @@ OPTIMIZERS = {'spectral_newton': 'Spectral Newton', 'adamw': 'AdamW', 'muon': 'M
 #   python examples/train_vision.py --tune --data digits
 # (benchmarks/results/train_vision_tuning.json). CIFAR-10 borrows Fashion-MNIST's.
 TUNED = {
-  'fashion-mnist': {'spectral_newton': 0.02, 'adamw': 0.04, 'muon': 0.04},
+  'fashion-mnist': {'spectral_newton': 0.04, 'adamw': 0.04, 'muon': 0.04},
   'digits': {'spectral_newton': 0.0025, 'adamw': 0.02, 'muon': 0.0025},
 }
 
