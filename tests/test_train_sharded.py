@@ -122,7 +122,8 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
 @pytest.mark.parametrize('api', ['nnx', 'linen'])
 def test_killed_in_the_middle_of_a_save_and_started_again(api, tmp_path):
   folder = tmp_path / 'checkpoints'
-  flags = ('--api', api, '--schedule-steps', 12, '--save-every', 3)
+  # Rounding that another mesh does otherwise is a part of the updates, and grows with them.
+  flags = ('--api', api, '--schedule-steps', 12, '--save-every', 3, '--learning-rate', 0.003)
   straight = start(*flags, *devices(8, 4, 2), '--steps', 12, '--output', tmp_path / 'straight.json')
   saving = (*flags, '--checkpoints', folder)
   killed = start(*saving, *devices(8, 4, 2), '--steps', 12, '--pause', 0.2)
@@ -150,9 +151,7 @@ def test_killed_in_the_middle_of_a_save_and_started_again(api, tmp_path):
   if api == 'linen':
     return
   end(start(*other, *devices(1, 1, 1), '--steps', 12, '--output', tmp_path / 'other.json'))
-  # T is steepest at σ* = 0.04 of the RMS: rounding of 1e-7 of σ_max, up to √64 of it, is 2e-5 of
-  # σ* there, in updates that are less than a tenth of the parameters.
-  assert distance(read(tmp_path / 'other.json')[1], want) < 1e-5
+  assert distance(read(tmp_path / 'other.json')[1], want) < 1e-6
 
   misfit = start(*saving, *devices(1, 1, 1), '--steps', 13, '--optimizer', 'adamw')
   _, error = misfit.communicate(timeout=LIMIT)
