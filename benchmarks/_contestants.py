@@ -188,25 +188,16 @@ def knee_at_noise(momentum: Any) -> optax.GradientTransformation:
   To first order noise moves σ_k by one entry of N, as its k-th singular directions see it, and
   |N vₖ|/√m is the size of that. GᵀG + c² NᵀN/m is the Gram matrix of N's rows put under G's.
   """
-
-  def init(params):
-    return optax.TraceState(jax.tree.map(jax.numpy.zeros_like, params)), jax.numpy.zeros([])
+  average = spectral_optax.scale_by_momentum(momentum)
 
   def update(updates, state, params=None):
     del params
-    (before,), count = state
-    moved = optax.tree.update_moment(updates, before, momentum, 1)
-    hat = lambda tree, count: optax.tree.bias_correction(tree, momentum, count)
-    ahead = jax.tree.map(
-      lambda m, g: momentum * m + (1 - momentum) * g, hat(moved, count + 2), hat(updates, count + 1)
-    )
-    usual = jax.tree.map(
-      lambda m: jax.numpy.where(count > 0, m, 0), hat(before, jax.numpy.maximum(count, 1))
-    )
+    before = optax.tree.bias_correction(state.mu, momentum, jax.numpy.maximum(state.count, 1))
+    ahead, state = average.update(updates, state)
 
-    def transfer(g, gradient, average):
+    def transfer(g, gradient, before):
       axis = int(g.shape[0] < g.shape[1])  # Under the longer columns, or beside the longer rows.
-      noise = left_of_noise(momentum) * (gradient - average) / g.shape[axis] ** 0.5
+      noise = left_of_noise(momentum) * (gradient - before) / g.shape[axis] ** 0.5
       stacked = spectral_optax.apply_transfer(
         jax.numpy.concatenate([g, noise], axis=axis),
         alpha=1.5,
@@ -216,10 +207,9 @@ def knee_at_noise(momentum: Any) -> optax.GradientTransformation:
       )
       return jax.lax.slice_in_dim(stacked, 0, g.shape[axis], axis=axis)
 
-    new = jax.tree.map(transfer, ahead, updates, usual)
-    return new, (optax.TraceState(moved), count + 1)
+    return jax.tree.map(transfer, ahead, updates, before), state
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(average.init, update)
 
 
 def noise(problem: Problem, lane: Any) -> optax.GradientTransformation:
@@ -595,14 +585,18 @@ def shuffled(values: Mapping[str, float], seed: int) -> dict[str, float]:
 DEFAULT_MOMENTUM = inspect.signature(spectral_optax.spectral_newton).parameters['momentum'].default
 
 
-def default_numbers(problem: Problem, seed: int, knob: float) -> Lane:
-  """What a user gets who says nothing."""
-  pairs = {p: exponents.default_exponents(t) for p, t in problem.types.items()}
+def _alpha_and_turn(pairs: Mapping[str, tuple[float, float]]) -> Lane:
+  """From each matrix's (α, d)."""
   return {
     'alpha': compact({p: a for p, (a, _) in pairs.items()}),
     'turn': compact({p: d ** (1 / a) for p, (a, d) in pairs.items()}),
-    'momentum': DEFAULT_MOMENTUM,
   }
+
+
+def default_numbers(problem: Problem, seed: int, knob: float) -> Lane:
+  """What a user gets who says nothing."""
+  pairs = {p: exponents.default_exponents(t) for p, t in problem.types.items()}
+  return _alpha_and_turn(pairs) | {'momentum': DEFAULT_MOMENTUM}
 
 
 # (α, d) of convolutions and of every other matrix, as the defaults were before this comparison
@@ -612,11 +606,9 @@ EARLIER_CONV, EARLIER_OTHER = (2.0, 0.1), (1.5, 0.015)
 
 def earlier_numbers(problem: Problem, seed: int, knob: float) -> Lane:
   """The defaults before this comparison."""
-  pairs = {p: EARLIER_CONV if t == 'conv' else EARLIER_OTHER for p, t in problem.types.items()}
-  return {
-    'alpha': compact({p: a for p, (a, _) in pairs.items()}),
-    'turn': compact({p: d ** (1 / a) for p, (a, d) in pairs.items()}),
-  }
+  return _alpha_and_turn(
+    {p: EARLIER_CONV if t == 'conv' else EARLIER_OTHER for p, t in problem.types.items()}
+  )
 
 
 def published_numbers(problem: Problem, seed: int, knob: float) -> Lane:
