@@ -340,3 +340,31 @@ def test_an_equinox_module_with_functions_for_leaves():
   expected = np.sum(outputs**2, axis=(1, 2)) * 2 / 10
   np.testing.assert_allclose(found['layers/1/weight'][0], expected, rtol=1e-5)
   assert list(found) == ['layers/0/weight', 'layers/1/weight']
+
+
+def test_images_smaller_than_the_window_are_not_left_to_a_slow_convolution(monkeypatch, x64):
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(4, 2, 1, 3)), rng.normal(size=(3, 3, 3, 4))
+
+  def loss(kernel, x):
+    dimensions = ('NHWC', 'HWIO', 'NHWC')
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=dimensions)
+    return jnp.mean(jnp.square(jnp.tanh(y)))
+
+  programs = []
+  compiled = directional._compiled
+  monkeypatch.setattr(
+    directional, '_compiled', lambda *args: programs.append(compiled(*args)) or programs[-1]
+  )
+  params = {'conv': {'kernel': jnp.asarray(kernel)}}
+  u, v = (jnp.asarray(rng.normal(size=(1, 5, n))) for n in (27, 4))
+  found, _ = curvature.directional_curvature(
+    lambda p, x: loss(p['conv']['kernel'], x), params, {'conv/kernel': (u, v)}, batches=[x]
+  )
+  hessian = jax.hessian(loss)(params['conv']['kernel'], x).reshape(108, 108)
+  along = jnp.einsum('ki,kj->kij', u[0], v[0]).reshape(5, 108)
+  want = jnp.einsum('ki,ij,kj->k', along, hessian, along)
+  np.testing.assert_allclose(found['conv/kernel'][0], want, rtol=1e-10)
+  lines = [line for line in programs[0].as_text().splitlines() if ' convolution(' in line]
+  assert lines  # Padded in the convolution, they would be computed by a plain loop.
+  assert not any('pad=' in line for line in lines)

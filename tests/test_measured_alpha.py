@@ -1,6 +1,7 @@
 """α measured along the training: all layers at once, averages, fallbacks, the step itself."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -504,18 +505,22 @@ def convolve(x, kernel, **how):
   return jax.lax.conv_general_dilated(x, kernel, (2, 1), 'SAME', dimension_numbers=numbers, **how)
 
 
+# Images, window, the rest. Those of "small" are shorter than the window along one axis, and, in
+# the gradient, with gaps in them.
 CONVOLUTIONS = {
-  'plain': ((3, 3, 4, 6), {}),
-  'grouped': ((3, 3, 2, 6), {'feature_group_count': 2}),
-  'dilated': ((3, 2, 4, 6), {'rhs_dilation': (1, 2)}),
+  'plain': ((8, 7), (3, 3, 4, 6), {}),
+  'grouped': ((8, 7), (3, 3, 2, 6), {'feature_group_count': 2}),
+  'dilated': ((8, 7), (3, 2, 4, 6), {'rhs_dilation': (1, 2)}),
+  'small': ((4, 2), (3, 3, 4, 6), {}),
+  'smaller': ((1, 2), (5, 3, 2, 6), {'feature_group_count': 2}),
 }
 
 
 @pytest.mark.parametrize('inside', ['cond', 'scan', 'jit'])
 @pytest.mark.parametrize('kind', CONVOLUTIONS)
 def test_convolutions_of_gradients_are_brought_into_the_fast_order(kind, inside):
-  shape, how = CONVOLUTIONS[kind]
-  x, kernel = jax.random.normal(jax.random.key(0), (2, 8, 7, 4)), jnp.ones(shape)
+  image, shape, how = CONVOLUTIONS[kind]
+  x, kernel = jax.random.normal(jax.random.key(0), (2, *image, 4)), jnp.ones(shape)
   kernel += jax.random.normal(jax.random.key(1), shape)
   loss = lambda x, k: jnp.sum(jnp.sin(convolve(x, k, **how)))
 
@@ -533,13 +538,21 @@ def test_convolutions_of_gradients_are_brought_into_the_fast_order(kind, inside)
   for a, b in zip(fast(x, kernel), function(x, kernel), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
-  def orders(f):
-    lines = jax.jit(f).lower(x, kernel).as_text().splitlines()
-    return [ORDER in line for line in lines if 'stablehlo.convolution' in line]
+  def lines(f):
+    text = jax.jit(f).lower(x, kernel).as_text().splitlines()
+    return [line for line in text if 'stablehlo.convolution' in line]
 
+  orders = lambda f: [ORDER in line for line in lines(f)]
   assert all(orders(fast))
   assert len(orders(fast)) == len(orders(function)) > 1
   assert not all(orders(function))  # Or there would be nothing to do.
+
+  def fits(line):  # The window, into the image, of operands of one order.
+    images, windows = re.findall(r'tensor<([\dx]+)xf32>', line)[:2]
+    sides = [tuple(map(int, shape.split('x'))) for shape in (images, windows)]
+    return all(i >= w for i, w in zip(sides[0][1:-1], sides[1][:-2], strict=True))
+
+  assert all(map(fits, lines(fast)))
 
 
 @pytest.mark.parametrize('solver', ['rational', 'polynomial'])

@@ -38,6 +38,7 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from spectral_optax import layout
+from spectral_optax.curvature._convolutions import channels_last
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 # Two functions whose composition is the loss: outputs of the parameters, loss of the outputs.
@@ -519,7 +520,8 @@ class _Program:
       of_outputs = lambda z: c.value(z, batch) if self.static.has_batch else c.value(z)
       return jnp.stack([exact, second_derivative(of_outputs, outputs, change)])
 
-    return in_chunks(one, chunk, items)
+    # XLA has no fast convolution on a CPU for all of those that this makes.
+    return channels_last(lambda items: in_chunks(one, chunk, items))(items)
 
   def tangent(self, which, index, u, v) -> list[jax.Array]:
     """U vᵀ in one matrix of one parameter of the group, zero in all others."""
