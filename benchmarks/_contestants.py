@@ -167,63 +167,17 @@ def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation
   )
 
 
-def left_of_noise(momentum: Any) -> Any:
-  """Noise in a Nesterov momentum over that in N = gradient - momentum before it; in the long run.
-
-  The momentum before it has (1 - β)/(1 + β) of a gradient's variance v, N has 2v/(1 + β), and
-  the step ahead is β² of that momentum and 1 - β² of the gradient.
-  """
-  left = momentum**4 * (1 - momentum) / (1 + momentum) + (1 - momentum**2) ** 2
-  return (left * (1 + momentum) / 2) ** 0.5
-
-
-NOISE_FLOOR = 0.01  # σ* where there is no noise.
-
-
-def knee_at_noise(momentum: Any) -> optax.GradientTransformation:
-  """α = 1.5 with the knee of each direction at what noise leaves of its σ in doubt; of matrices.
-
-      G (GᵀG + c² NᵀN / m)^(-α/2),      N = gradient - momentum, c = `left_of_noise`
-
-  To first order noise moves σ_k by one entry of N, as its k-th singular directions see it, and
-  |N vₖ|/√m is the size of that. GᵀG + c² NᵀN/m is the Gram matrix of N's rows put under G's.
-  """
-  average = spectral_optax.scale_by_momentum(momentum)
-
-  def update(updates, state, params=None):
-    del params
-    before = optax.tree.bias_correction(state.mu, momentum, jax.numpy.maximum(state.count, 1))
-    ahead, state = average.update(updates, state)
-
-    def transfer(g, gradient, before):
-      axis = int(g.shape[0] < g.shape[1])  # Under the longer columns, or beside the longer rows.
-      noise = left_of_noise(momentum) * (gradient - before) / g.shape[axis] ** 0.5
-      stacked = spectral_optax.apply_transfer(
-        jax.numpy.concatenate([g, noise], axis=axis),
-        alpha=1.5,
-        damping=NOISE_FLOOR**1.5,
-        solver='polynomial',
-        tolerance=TOLERANCE,
-      )
-      return jax.lax.slice_in_dim(stacked, 0, g.shape[axis], axis=axis)
-
-    return jax.tree.map(transfer, ahead, updates, before), state
-
-  return optax.GradientTransformation(average.init, update)
-
-
 def noise(problem: Problem, lane: Any) -> optax.GradientTransformation:
   """Ours with a damping that sets itself."""
-  rate = schedule(problem, lane)
-  matrices = optax.chain(
-    knee_at_noise(lane['momentum']),
-    spectral_optax.scale_to_rms(
-      UPDATE_RMS, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(0, 1)
-    ),
-    optax.add_decayed_weights(WEIGHT_DECAY),
-    optax.scale_by_learning_rate(rate),
+  return spectral_optax.spectral_newton(
+    schedule(problem, lane),
+    damping='noise',
+    momentum=lane['momentum'],
+    solver='polynomial',
+    tolerance=TOLERANCE,
+    update_rms=UPDATE_RMS,
+    weight_decay=WEIGHT_DECAY,
   )
-  return apart(problem, matrices, optax.adamw(rate, weight_decay=0.0))
 
 
 def apart(

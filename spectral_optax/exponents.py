@@ -46,6 +46,10 @@ DEFAULT_CONV = (2.0, 0.1)
 DEFAULT_OTHER = (1.5, 0.008)
 
 
+# `damping="noise"`: the exponent that it was tried with, in every layer, when the user names none.
+NOISE_ALPHA = 1.5
+
+
 def default_exponents(layer_type: str | None) -> tuple[float, float]:
   """The (α, d) a matrix of this layer type gets when the user says nothing."""
   return DEFAULT_CONV if layer_type == 'conv' else DEFAULT_OTHER
@@ -80,10 +84,18 @@ def _call_on_parameters(rule: Callable[[Any], Any], params: Any, name: str) -> A
     return rule
 
 
+def _is_noise(value: Any) -> bool:
+  return isinstance(value, str) and value == 'noise'
+
+
 def _entries(value: Any, params: Any, name: str) -> dict[str, Any]:
   """The user's value by parameter path: one number is a prefix of everything."""
-  if isinstance(value, str):
-    raise ValueError(f'{name} must be a number, a schedule, a tree or a callable, got {value!r}.')
+  may_be_noise = name == 'damping'
+  if isinstance(value, str) and not (may_be_noise and _is_noise(value)):
+    named = ' "noise",' if may_be_noise else ''
+    raise ValueError(
+      f'{name} must be{named} a number, a schedule, a tree or a callable, got {value!r}.'
+    )
   if layout.is_function(value):
     value = _call_on_parameters(value, params, name)
   entries = layout.leaves_by_path(value, is_leaf=lambda x: x is None)
@@ -95,6 +107,8 @@ def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
   where = f'{name} of {view.path!r} with shape {view.shape}'
   if callable(value) or isinstance(value, Turn):
     return value
+  if name == 'damping' and _is_noise(value):
+    return noise_turn(min(view.rows, view.columns))
   if isinstance(value, str | bytes) or not isinstance(
     value, int | float | np.ndarray | np.generic | jax.Array
   ):
@@ -116,9 +130,15 @@ def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """A damping given by where T turns over, whatever α turns out to be: d = σ*^α."""
+  """A damping given by where T turns over, whatever α turns out to be: d = σ*^α.
+
+  Attributes:
+    log_sigma: Of σ*.
+    of_noise: Whether the noise in the update adds to it, direction by direction.
+  """
 
   log_sigma: float
+  of_noise: bool = False
 
   @classmethod
   def of(cls, alpha: float, damping: float) -> 'Turn':
@@ -129,6 +149,18 @@ class Turn:
     """D at this α, a number or an array."""
     xp: Any = jnp if isinstance(alpha, jax.Array) else np
     return xp.exp(self.log_sigma * xp.asarray(alpha))
+
+
+def noise_turn(small: int) -> Turn:
+  """Where `damping="noise"` has the turn of T where there is no noise; of a smaller side."""
+  # 0.01, as measured (0.02 and 0.04 are worse); of large matrices, what a Gram matrix in
+  # float32 has to tell from nothing if all of the matrix is in one direction: 16 = log(small/σ*²).
+  return Turn(math.log(max(0.01, 1.01 * math.exp(-8) * small**0.5)), of_noise=True)
+
+
+def of_noise(damping: Any) -> bool:
+  """Whether a damping that `resolve` has found is "noise"."""
+  return isinstance(damping, Turn) and damping.of_noise
 
 
 def at(alpha: Any, damping: Any, count: Any) -> tuple[Any, Any]:
@@ -150,7 +182,7 @@ def resolve(
   Args:
     alpha: See `spectral_optax.spectral_newton`. A string other than "default" and
       "layer_type" is an error. Of a `MeasuredAlpha` its fallback is resolved.
-    damping: None for the one that goes with α, or as `alpha`.
+    damping: None for the one that goes with α, "noise", or as `alpha`, where "noise" may be a leaf.
     params: The parameter tree, as it was when `views` were made.
     views: The matrices, by path.
 
@@ -165,7 +197,9 @@ def resolve(
   needs_types = named is not None or damping is None
   types = layout.layer_types_by_path(params) if needs_types else {}
 
-  if named == 'default':
+  if named == 'default' and _is_noise(damping):
+    alphas = dict.fromkeys(views, NOISE_ALPHA)
+  elif named == 'default':
     alphas = {p: default_exponents(types[p])[0] for p in views}
   elif named == 'layer_type':
     alphas = {p: _published_alpha(types[p]) for p in views}

@@ -67,7 +67,13 @@ def spectral_newton(
     damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or None for the one that
       goes with α: 0.1 for ``"layer_type"``, as published; else 0.1 at α = 2 for
       convolutions and 0.008 at α = 1.5 for other matrices, and at any other α the d
-      with the same turning point d^(1/α).
+      with the same turning point d^(1/α). ``"noise"``, also as a leaf of a tree, is a
+      damping that sets itself: U T(Σ) Vᵀ becomes G f(GᵀG + NᵀN / m), m the longer side, N a
+      tree with as much noise in it as the momentum has (`noise_in_momentum`), so that T turns
+      over, direction by direction, where noise leaves σ in doubt; where there is none, at
+      0.01 (of a smaller side of more than 877, at 0.00034 of its root). `alpha`'s
+      ``"default"`` is 1.5 in every layer then. What the state says of a spectrum has the
+      noise in it.
     momentum: Decay of the running average of the gradients.
     nesterov: Whether the average looks one step ahead.
     mu_dtype: Data type of the averages (also AdamW's first moment); None for the
@@ -119,8 +125,8 @@ def spectral_newton(
   name a callable that takes the parameters, `tolerance` and `rank` in its
   `static_args`.
 
-  Source: A. Calvo, arXiv:2606.02596, "Spectral Newton"; normalisation, update size
-  and the default (α, d) are ours.
+  Source: A. Calvo, arXiv:2606.02596, "Spectral Newton"; normalisation, update size,
+  the default (α, d) and the damping by noise are ours.
   """
   if adam_learning_rate is None:
     adam_learning_rate = learning_rate

@@ -15,7 +15,7 @@ Mesh axes that already number the matrices (experts, stacked layers) need nobody
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -433,8 +433,10 @@ FLOPS_A_BYTE = 2000
 USUAL_PRODUCTS = 10
 
 
-def _groups(division: Division, views: Mapping[str, layout.MatrixView]) -> list[_Group]:
-  """Parameters that travel together."""
+def _groups(
+  division: Division, views: Mapping[str, layout.MatrixView], noisy: Collection[str] = ()
+) -> list[_Group]:
+  """Parameters that travel together; those of `noisy` not with others."""
   found: dict[Any, _Group] = {}
   for path, view in views.items():
     placement = division.placements[path]
@@ -442,7 +444,7 @@ def _groups(division: Division, views: Mapping[str, layout.MatrixView]) -> list[
     batch_axes = tuple(n for a in view.batch_axes for n in placement[a])
     sides = len(view.reduction_axes), len(view.output_axes)
     shape = tuple(view.shape[a] for a in view.matrix_axes)
-    key = shape, sides, placed, batch_axes
+    key = shape, sides, placed, batch_axes, path in noisy
     found.setdefault(key, _Group([], sides, placed, batch_axes)).paths.append(path)
   return list(found.values())
 
@@ -531,6 +533,7 @@ def solve_batches(
   batches: Sequence[solvers.Batch],
   paths: Sequence[Sequence[str]],
   leaves: Mapping[str, jax.Array],
+  noise: Mapping[str, jax.Array],
   views: Mapping[str, layout.MatrixView],
   *,
   update_rms: float | jax.Array | None,
@@ -546,6 +549,7 @@ def solve_batches(
     batches: Without their matrices, all of one dtype.
     paths: For each batch the parameters that its matrices are of, in order.
     leaves: The parameters' gradients or momenta, by path.
+    noise: `solvers.Batch.noise` of those that have any, by path.
     views: Theirs.
     update_rms: As for `scale_by_spectral_transfer`.
     normalize: See `solvers.solve_batches`.
@@ -580,7 +584,7 @@ def solve_batches(
       ids[path] = np.arange(start, start + count, dtype=np.int32).reshape(view.batch_shape)
       start += count
 
-  def spread(xs: dict[str, Any], given: Any, places: dict[str, jax.Array]):
+  def spread(xs: dict[str, Any], ns: dict[str, Any], given: Any, places: dict[str, jax.Array]):
     """On one device."""
     rms, traced = given
 
@@ -595,21 +599,22 @@ def solve_batches(
     for of, batch, (alpha, damping, basis) in zip(paths, batches, traced, strict=True):
       alpha = batch.alpha if alpha is None else alpha
       damping = batch.damping if damping is None else damping
-      pieces, shares, reals, groups, first = [], [], [], [], 0
+      pieces, noises, shares, reals, groups, first = [], [], [], [], [], 0
       at_most: dict[int, int] = {}
-      for group in _groups(division, {path: views[path] for path in of}):
-        parts, numbers, counts = [], [], []
+      for group in _groups(division, {path: views[path] for path in of}, ns):
+        counts, numbers = [], []
         for path in group.paths:
           view = views[path]
-          x = jnp.transpose(xs[path], view.batch_axes + view.matrix_axes)
-          x = x.reshape(-1, *x.shape[len(view.batch_axes) :])
-          parts.append(x)
-          counts.append(len(x))
+          counts.append(math.prod(xs[path].shape[a] for a in view.batch_axes))
           numbers.append(_own_numbers(ids[path], view, division, number))
         view = views[group.paths[0]]
-        together = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
         tall = view.rows > view.columns
-        moved = _assemble(together, group, division, number, deal, split, tall, first)
+
+        how = group, division, number, deal, split, tall, first
+        moved = _assemble(_together(xs, group, views), *how)
+        noisy = group.paths[0] in ns
+        noise = _assemble(_together(ns, group, views), *how).x.astype(dtype) if noisy else None
+        noises.append(noise)
         share, real, most = _numbers(jnp.concatenate(numbers), group, division, number, deal, first)
         # Where this leaves off, the next begins: all together, nobody has more than one more.
         placed = {n for axes in group.placed for n in axes}
@@ -617,8 +622,8 @@ def solve_batches(
         if group.batch_axes or not at_once:
           at_most[id(group)] = most
         else:
-          at_most[0] = at_most.get(0, 0) + len(together)
-          first = (first + len(together)) % division.size(deal)
+          at_most[0] = at_most.get(0, 0) + sum(counts)
+          first = (first + sum(counts)) % division.size(deal)
         pieces.append(moved.x.astype(dtype))
         shares.append(share)
         reals.append(real)
@@ -635,6 +640,7 @@ def solve_batches(
           number(split),
           real,
           sum(-(-n // division.size(deal)) if key == 0 else n for key, n in at_most.items()),
+          noises,
         )
       )
       members.append((groups, share, real))
@@ -662,10 +668,17 @@ def solve_batches(
     None if update_rms is None else jnp.asarray(update_rms, dtype),
     [(none_if_known(b.alpha), none_if_known(b.damping), _everywhere(b.basis)) for b in batches],
   )
+  ns = {path: noise[path] for path in specs if path in noise}
+  specs_of_noise = {path: specs[path] for path in ns}
   shared = jax.shard_map(
     spread,
     mesh=division.mesh,
-    in_specs=(specs, PartitionSpec(), {name: PartitionSpec(name) for name in division.sizes}),
+    in_specs=(
+      specs,
+      specs_of_noise,
+      PartitionSpec(),
+      {name: PartitionSpec(name) for name in division.sizes},
+    ),
     out_specs=(specs, PartitionSpec()),
     axis_names=set(division.sizes),
     check_vma=False,
@@ -673,7 +686,18 @@ def solve_batches(
   xs = {path: leaves[path] for path in specs}
   if not any(isinstance(x, jax.core.Tracer) for x in xs.values()):
     shared = jax.jit(shared)  # Operation by operation, on every device, takes many times longer.
-  return shared(xs, given, {n: _numbered(division, n) for n in division.sizes})
+  return shared(xs, ns, given, {n: _numbered(division, n) for n in division.sizes})
+
+
+def _together(
+  xs: Mapping[str, jax.Array], group: _Group, views: Mapping[str, layout.MatrixView]
+) -> jax.Array:
+  """A group's parameters as one: (batch, rows..., columns...)."""
+  parts = []
+  for path in group.paths:
+    x = jnp.transpose(xs[path], views[path].batch_axes + views[path].matrix_axes)
+    parts.append(x.reshape(-1, *x.shape[len(views[path].batch_axes) :]))
+  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _to_leaf(x: jax.Array, view: layout.MatrixView, shape: tuple[int, ...]) -> jax.Array:

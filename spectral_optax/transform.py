@@ -7,6 +7,7 @@ that a preconditioner can be put before the transfer or a normalisation after it
 All of them leave parameters that are no matrices as they find them.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,30 @@ def scale_by_momentum(
     return ahead, MomentumState(count, mu)
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+def noise_in_momentum(
+  updates: optax.Updates, state: MomentumState, momentum: Any, nesterov: bool = True
+) -> optax.Updates:
+  """A tree with as much noise in it as `scale_by_momentum` leaves of that of one gradient.
+
+  N = c (gradient - the average before it). Of gradients whose noise is independent, with
+  variance v, that difference has 2v/(1 + β); what comes out, β² of the average before and 1 - β²
+  of the gradient (1 - β of it, and β of the average, without the look ahead), has
+  v (β⁴ (1 - β)/(1 + β) + (1 - β²)²), or v (1 - β)/(1 + β). c² is the quotient, of a long
+  run: 0.26² at β = 0.9.
+
+  Args:
+    updates: The gradients.
+    state: Of `scale_by_momentum`, before its update with them.
+    momentum: β.
+    nesterov: Whether that looks one step ahead.
+  """
+  averaged = (1 - momentum) / (1 + momentum)
+  left = momentum**4 * averaged + (1 - momentum**2) ** 2 if nesterov else averaged
+  factor = (left * (1 + momentum) / 2) ** 0.5
+  before = optax.tree.bias_correction(state.mu, momentum, jnp.maximum(state.count, 1))
+  return jax.tree.map(lambda g, m: (factor * (g - m)).astype(g.dtype), updates, before)
 
 
 # ---------------------------------------------------------------------------------
@@ -202,7 +227,8 @@ def scale_by_spectral_transfer(
 
   Args:
     alpha: Curvature exponent α ≥ 0; see `spectral_newton`.
-    damping: d ≥ 0; see `spectral_newton`.
+    damping: d ≥ 0, or "noise"; see `spectral_newton`. `update` of the latter needs ``noise=N``, a
+      tree like the updates (or a function that gives it) with as much noise in it as they have.
     normalize: What σ is divided by first; see `apply_transfer`.
     solver: See `apply_transfer`.
     tolerance: See `apply_transfer`.
@@ -286,7 +312,8 @@ def scale_by_spectral_transfer(
     if rule and not views:
       state = state._replace(fits=jnp.zeros([]))
     elif rule:  # As many numbers as an update, of matrices that are whole, would make.
-      step = lambda p: transfer(p, state, views, measured_now(state, values), dtypes, None)
+      found = measured_now(state, values)
+      step = lambda p: transfer(p, noise_of(views, found, p), state, views, found, dtypes, None)
       made = jax.eval_shape(step, params)
       state = state._replace(fits=jnp.zeros(made[1].fits.shape, widest))
     return state
@@ -298,11 +325,12 @@ def scale_by_spectral_transfer(
     found = measured.alphas(rule, state.measurement, fallback)
     return {path: (found[path], values[path][1]) for path in values}
 
-  def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+  def update_fn(updates, state, params=None, *, value_fn=None, noise=None, **extra_args):
     del extra_args
     views, values, dtypes = plan(updates)
     if not views:
       return updates, state._replace(count=optax.safe_increment(state.count))
+    noise = noise_of(views, values, noise)
     if rule:
       measurement = measured.update(
         rule, state.measurement, state.count, updates, params, value_fn, weight_dimension_numbers
@@ -316,9 +344,26 @@ def scale_by_spectral_transfer(
       work_axes=work_axes,
       shardings=placements(shardings, updates),
     )
-    return transfer(updates, state, views, values, dtypes, division)
+    return transfer(updates, noise, state, views, values, dtypes, division)
 
-  def transfer(updates, state, views, values: Mapping[str, tuple[Any, Any]], dtypes, division):
+  def noise_of(views, values, noise) -> dict[str, jax.Array]:
+    """N / √(longer side), by path, of the parameters whose damping it is."""
+    noisy = [path for path, value in values.items() if exponents.of_noise(value[1])]
+    if not noisy:
+      return {}
+    if noise is None:
+      raise ValueError(
+        f'damping="noise" of {noisy[0]!r} with shape {views[noisy[0]].shape}: update needs'
+        ' noise=..., a tree like the updates. `scale_by_spectral_newton` and `spectral_newton`'
+        ' give it.'
+      )
+    leaves = layout.leaves_by_path(noise() if callable(noise) else noise)
+    longer = {path: max(views[path].rows, views[path].columns) for path in noisy}
+    return {path: leaves[path] / math.sqrt(longer[path]) for path in noisy}
+
+  def transfer(
+    updates, noise, state, views, values: Mapping[str, tuple[Any, Any]], dtypes, division
+  ):
     """The step with these α and d."""
     leaves = layout.leaves_by_path(updates)
     kept = list(views)
@@ -331,7 +376,8 @@ def scale_by_spectral_transfer(
       fixed = all(solvers.known(v) for v in values[path])
       key = _piece_key(view, dtypes[path])
       alone = path if math.prod(view.shape) >= ALONE else None
-      grouped.setdefault((*key[:2], fixed), {}).setdefault((key, alone), []).append(path)
+      piece = key, alone, path in noise
+      grouped.setdefault((*key[:2], fixed), {}).setdefault(piece, []).append(path)
 
     order = [path for pieces in grouped.values() for paths in pieces.values() for path in paths]
     flat_basis = _in_order(
@@ -344,12 +390,13 @@ def scale_by_spectral_transfer(
     numbers: dict[str, list[Any]] = {'alpha': [], 'damping': []}
     start = 0
     for (name, small, fixed), pieces in grouped.items():
-      matrices, given = [], {'alpha': [], 'damping': []}
+      matrices, noises, given = [], [], {'alpha': [], 'damping': []}
+
       for paths in pieces.values():
         if division is None:
-          whole = [layout.replicated(leaves[path]).astype(name) for path in paths]
-          parts = [views[path].to_matrices(x) for path, x in zip(paths, whole, strict=True)]
-          matrices.append(jnp.concatenate(parts) if len(parts) > 1 else parts[0])
+          matrices.append(_stacked(leaves, paths, views, name))
+          noisy = paths[0] in noise
+          noises.append(_stacked(noise, paths, views, name) if noisy else None)
         for path in paths:
           for of, value in zip(given, exponents.at(*values[path], state.count), strict=True):
             given[of].append(
@@ -364,7 +411,8 @@ def scale_by_spectral_transfer(
       end = start + len(alphas) * small * width
       basis = flat_basis[start:end].reshape(-1, small, width).astype(name)
       start = end
-      batches.setdefault(name, []).append(solvers.Batch(matrices, alphas, dampings, basis))
+      batch = solvers.Batch(matrices, alphas, dampings, basis, noise=noises)
+      batches.setdefault(name, []).append(batch)
       members.setdefault(name, []).append(list(pieces.values()))
 
     lengths = [(path, number[path]) for path in order]
@@ -386,7 +434,7 @@ def scale_by_spectral_transfer(
       if division is not None:
         flat = [list(itertools.chain(*pieces)) for pieces in members[name]]
         solved, found = sharding.solve_batches(
-          division, of_dtype, flat, leaves, views, update_rms=update_rms, **how
+          division, of_dtype, flat, leaves, noise, views, update_rms=update_rms, **how
         )
         new |= solved
         for spectrum, (of, at) in itertools.product(found, enumerate(spectra)):
@@ -417,6 +465,13 @@ def scale_by_spectral_transfer(
     return updates, make_state(count, views, columns, state.measurement, made)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stacked(leaves, paths: Sequence[str], views, dtype: Any) -> jax.Array:
+  """Parameters of one shape as (batch, rows, columns)."""
+  whole = [layout.replicated(leaves[path]).astype(dtype) for path in paths]
+  parts = [views[path].to_matrices(x) for path, x in zip(paths, whole, strict=True)]
+  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _is_number(value: Any) -> bool:
@@ -501,7 +556,7 @@ def scale_by_spectral_newton(
 
   Args:
     alpha: Curvature exponent α ≥ 0; see `spectral_newton`.
-    damping: d ≥ 0; see `spectral_newton`.
+    damping: d ≥ 0, or "noise"; see `spectral_newton`.
     momentum: See `scale_by_momentum`.
     nesterov: See `scale_by_momentum`.
     mu_dtype: See `scale_by_momentum`.
@@ -521,21 +576,29 @@ def scale_by_spectral_newton(
   Raises:
     ValueError, TypeError: as the parts do.
   """
-  return optax.with_extra_args_support(
-    optax.chain(
-      scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
-      scale_by_spectral_transfer(
-        alpha,
-        damping,
-        normalize=normalize,
-        solver=solver,
-        tolerance=tolerance,
-        rank=rank,
-        update_rms=update_rms,
-        weight_dimension_numbers=weight_dimension_numbers,
-        mesh=mesh,
-        work_axes=work_axes,
-        shardings=shardings,
-      ),
-    )
+  average = scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
+  transfer = scale_by_spectral_transfer(
+    alpha,
+    damping,
+    normalize=normalize,
+    solver=solver,
+    tolerance=tolerance,
+    rank=rank,
+    update_rms=update_rms,
+    weight_dimension_numbers=weight_dimension_numbers,
+    mesh=mesh,
+    work_axes=work_axes,
+    shardings=shardings,
   )
+
+  def init_fn(params):
+    return average.init(params), transfer.init(params)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    of_average, of_transfer = state
+    noise = functools.partial(noise_in_momentum, updates, of_average, momentum, nesterov)
+    ahead, of_average = average.update(updates, of_average)
+    ahead, of_transfer = transfer.update(ahead, of_transfer, params, noise=noise, **extra_args)
+    return ahead, (of_average, of_transfer)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

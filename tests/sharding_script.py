@@ -109,17 +109,18 @@ def trained(tx, params, target, state, steps):
 
 
 @functools.cache
-def trained_on_one(solver, steps):
+def trained_on_one(solver, steps, damping):
   params, target = (jax.tree.map(jnp.asarray, random_tree(seed)) for seed in (0, 1))
-  tx = spectral_optax.spectral_newton(0.01, solver=solver)
+  tx = spectral_optax.spectral_newton(0.01, damping=damping, solver=solver)
   return trained(tx, params, target, tx.init(params), steps)[0]
 
 
-def train(name, kind, solver='auto', steps=20):
+def train(name, kind, solver='auto', damping='', steps=20):
   """How far eight devices end from one, and whether shardings stayed."""
   params, target = random_tree(0), random_tree(1)
-  build = lambda **more: spectral_optax.spectral_newton(0.01, solver=solver, **more)
-  want = trained_on_one(solver, steps)
+  how = {'damping': damping or None, 'solver': solver}
+  build = lambda **more: spectral_optax.spectral_newton(0.01, **how, **more)
+  want = trained_on_one(solver, steps, damping or None)
   sizes, axes = MESHES[name]
   axis_type = AxisType.Explicit if kind == 'explicit' else AxisType.Auto
   mesh = jax.make_mesh(sizes, axes, axis_types=(axis_type,) * len(axes))

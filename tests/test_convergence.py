@@ -158,22 +158,24 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
     assert float(jnp.sqrt(jnp.mean(updates[path] ** 2))) == pytest.approx(0.2 * rate, rel=1e-3)
 
 
-def test_the_defaults_contestant_is_what_a_user_gets(convergence):
+@pytest.mark.parametrize('name', ['spectral_newton', 'noise'])
+def test_contestants_of_defaults_are_what_a_user_gets(convergence, name):
   """Three steps of different gradients, beside `spectral_newton(rate)`."""
   problems, contestants = convergence._problems, convergence._contestants
   task = problems.TASKS['vgg-fashion']
   arrays = {'train_x': np.zeros((1, 1, 28, 28), np.uint8), 'train_y': np.array([9], np.uint8)}
   problem = problems.Problem(task, arrays, together=False)
   everyone = contestants.contestants()
-  lane = contestants.traced(problem, everyone['spectral_newton'].lane(problem, 0, 0.02, None))
+  lane = contestants.traced(problem, everyone[name].lane(problem, 0, 0.02, None))
   params = {p: jnp.ones(x.shape) for p, x in problem.shapes.items()}
   library = contestants.spectral_optax.spectral_newton(
     contestants.schedule(problem, lane),
+    damping='noise' if name == 'noise' else None,
     weight_decay=contestants.WEIGHT_DECAY,
     solver='polynomial',
     tolerance=contestants.TOLERANCE,
   )
-  ours = contestants.spectral_newton(problem, lane)
+  ours = getattr(contestants, name)(problem, lane)
   states = ours.init(params), library.init(params)
   for step in range(3):
     key = jax.random.key(step)
@@ -186,44 +188,6 @@ def test_the_defaults_contestant_is_what_a_user_gets(convergence):
     states = first, second
   for path in params:
     np.testing.assert_allclose(found[path], exact[path], rtol=1e-4, atol=1e-7)
-
-
-def test_the_knee_at_the_noise(convergence):
-  """What is left of noise by its weights; and the update by the eigenvectors of its definition."""
-  contestants, momentum = convergence._contestants, 0.8
-  # Of gradients t = 0, 1, 2, ... steps ago, in the long run.
-  average = (1 - momentum) * momentum ** np.arange(400)
-  before = np.concatenate([[0], average[:-1]])
-  ahead = momentum * average
-  ahead[0] += 1 - momentum
-  noise = -before
-  noise[0] += 1
-  left = np.linalg.norm(ahead) / np.linalg.norm(noise)
-  assert contestants.left_of_noise(momentum) == pytest.approx(left, rel=1e-6)
-
-  rng = np.random.default_rng(0)
-  params = {'tall': jnp.zeros((20, 7)), 'wide': jnp.zeros((7, 20))}
-  tx = contestants.knee_at_noise(momentum)
-  state = tx.init(params)
-  steps = [{p: rng.normal(size=x.shape) for p, x in params.items()} for _ in range(4)]
-  for grads in steps:
-    updates, state = jax.jit(tx.update)(jax.tree.map(jnp.float32, grads), state)
-  for path in params:
-    gradients = np.stack([grads[path] for grads in steps])
-    gradients = gradients if path == 'tall' else gradients.transpose(0, 2, 1)
-    weights = momentum ** np.arange(3, -1, -1.0)
-    total = np.einsum('t,tij->ij', weights, gradients) * (1 - momentum)
-    ahead = momentum * total / (1 - momentum**5)
-    ahead += (1 - momentum) * gradients[-1] / (1 - momentum**4)
-    average = np.einsum('t,tij->ij', weights[1:], gradients[:-1]) / weights[1:].sum()
-    noise = contestants.left_of_noise(momentum) * (gradients[-1] - average)
-    values, vectors = np.linalg.eigh(ahead.T @ ahead + noise.T @ noise / 20)
-    values /= values.mean()
-    exact = ahead @ (vectors / (values**0.75 + contestants.NOISE_FLOOR**1.5)) @ vectors.T
-    found = np.asarray(updates[path] if path == 'tall' else updates[path].T, np.float64)
-    # Each direction is within the tolerance, and so is all of it.
-    exact, found = exact / np.linalg.norm(exact), found / np.linalg.norm(found)
-    assert np.linalg.norm(found - exact) < contestants.TOLERANCE
 
 
 def test_contestants_are_tuned_alike(convergence):

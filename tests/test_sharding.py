@@ -42,7 +42,7 @@ def on_eight_devices(function, *cases):
   'cases',
   [
     ('fsdp,auto', 'fsdp x tp,explicit'),
-    ('tp,told', 'stacked,explicit'),
+    ('tp,told', 'stacked,explicit', 'fsdp x tp,auto,auto,noise'),
   ],
 )
 def test_results_of_one_device_and_shardings_that_stay(cases):
@@ -144,6 +144,29 @@ def test_every_way_to_divide(options, shapes):
   for name in ('sigma_max', 'participation_ratio', 'transfer_error', 'alpha', 'damping'):
     for path, x in getattr(state, name).items():
       np.testing.assert_allclose(getattr(there, name)[path], x, rtol=2e-4, atol=1e-6)
+
+
+# One of each shape has none: matrices with and without are not of one piece.
+@pytest.mark.parametrize('solver', ['polynomial', 'svd'])
+@pytest.mark.parametrize('shapes', [(*DEALT, (12, 16)), (*TALL, (128, 8))])
+def test_noise_travels_with_its_matrix(shapes, solver):
+  tree, noise = matrices(*shapes), {k: 5 * x for k, x in matrices(*shapes, seed=1).items()}
+  places = [P('x', 'y'), P(None, ('y', 'x')), P('x'), P(), P('y', 'x'), P('x', 'y')]
+  specs = dict(zip(tree, places, strict=False))
+  damping = {'': 'noise', f'w{len(shapes) - 1}': 0.1}
+  tx = spectral_optax.scale_by_spectral_transfer(1.5, damping, solver=solver)
+  update = lambda g, n, state: jax.jit(tx.update)(g, state, noise=n)
+  want, state = update(tree, noise, tx.init(tree))
+  without, _ = update(tree, jax.tree.map(jnp.zeros_like, noise), tx.init(tree))
+  put = lambda tree: {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()}
+  mesh = make_mesh(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    got, there = update(put(tree), put(noise), tx.init(put(tree)))
+  assert_close(got, want, rtol=3e-5)
+  for path, x in state.sigma_max.items():
+    np.testing.assert_allclose(there.sigma_max[path], x, rtol=2e-4)
+  moved = {k for k in tree if not np.allclose(want[k], without[k], rtol=1e-3, atol=1e-3)}
+  assert moved == set(tree) - {f'w{len(shapes) - 1}'}
 
 
 @pytest.mark.parametrize('scale', [1e-12, 1e12])

@@ -232,6 +232,9 @@ class Batch(NamedTuple):
     real: Which of this device's matrices are no repetitions of others, there to fill up,
       (batch,) booleans; None for all.
     most: How many are real on the device that has the most.
+    noise: For each piece None, or N of its shape: T then acts on the roots of the eigenvalues of
+      GᵀG + NᵀN (of the smaller side), as if N's rows were under G's, and so does all that is
+      said of the spectrum.
   """
 
   matrices: Sequence[jax.Array]
@@ -243,6 +246,12 @@ class Batch(NamedTuple):
   number: jax.Array | None = None
   real: jax.Array | None = None
   most: int = 0
+  noise: Sequence[jax.Array | None] = ()
+
+  @property
+  def noises(self) -> Sequence[jax.Array | None]:
+    """`noise`, of every piece."""
+    return self.noise or [None] * len(self.matrices)
 
   @property
   def small(self) -> int:
@@ -411,23 +420,29 @@ def _solve_pieces(
   """`_solve_matrices`, of pieces of one shape, either way round, at once."""
   lengths = [len(matrix) for matrix in batch.matrices]
   numbers = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
-  by_shape: dict[tuple[int, ...], list[int]] = {}
-  for i, matrix in enumerate(batch.matrices):
-    by_shape.setdefault(tuple(sorted(matrix.shape[1:])), []).append(i)
+  by_shape: dict[tuple[Any, ...], list[int]] = {}
+  for i, (matrix, noise) in enumerate(zip(batch.matrices, batch.noises, strict=True)):
+    by_shape.setdefault((*sorted(matrix.shape[1:]), noise is None), []).append(i)
   updates: list[jax.Array] = [*batch.matrices]
   spectra = []
   take = lambda x: x if batch.share is None else jnp.asarray(x, batch.basis.dtype)[batch.share]
   alpha, damping = take(batch.alpha), take(batch.damping)
   for of in by_shape.values():
     wide = {i: updates[i].shape[-2] < updates[i].shape[-1] for i in of}
-    tall = [transpose(updates[i]) if wide[i] else updates[i] for i in of]
+    upright = lambda x, is_wide: transpose(x) if is_wide else x
+    tall = [upright(updates[i], wide[i]) for i in of]
+    rows = tall[0].shape[-2]
+    for place, i in enumerate(of):
+      noise = batch.noises[i]
+      if noise is not None:
+        tall[place] = jnp.concatenate([tall[place], upright(noise, wide[i])], axis=-2)
     here = np.concatenate([numbers[i] for i in of])
     piece = _Piece(jnp.concatenate(tall), alpha[here], damping[here], batch.basis[here])
     solved, spectrum = _solve_matrices(piece, method, normalize, tolerance, choose_rank)
     spectra.append(spectrum)
-    parts = jnp.split(solved, np.cumsum([lengths[i] for i in of])[:-1])
+    parts = jnp.split(solved[:, :rows], np.cumsum([lengths[i] for i in of])[:-1])
     for i, update in zip(of, parts, strict=True):
-      updates[i] = transpose(update) if wide[i] else update
+      updates[i] = upright(update, wide[i])
   order = np.argsort(np.concatenate([numbers[i] for of in by_shape.values() for i in of]))
   whole = Spectrum(*map(jnp.concatenate, zip(*spectra, strict=True)))
   if len(by_shape) > 1:
@@ -444,46 +459,57 @@ def _grams(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Gram matrices of all G / c, padded with zeros to n; their traces; c; which G are finite.
 
+  Those of noise are added to them.
+
   c is one unless some G would leave float32: looking for it takes a pass over all of G,
   and dividing by it two more.
   """
   matrices = [matrix for batch in batches for matrix in batch.matrices]
+  noises = [noise for batch in batches for noise in batch.noises]
 
-  def together(matrices):
+  def together(matrices, noises):
     grams = []
-    for matrix in matrices:
+    for matrix, noise in zip(matrices, noises, strict=True):
       gram = _gram(matrix, half, split)
+      if noise is not None:
+        gram += _gram(noise, half, split)
       pad = (0, n - gram.shape[-1])
       grams.append(jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram)
     return split.total(jnp.concatenate(grams))
 
-  def with_scales(matrices):
+  def with_scales(matrices, noises):
     # This is compiled always, and hardly ever runs: products are quick to compile, so that
     # G times a matrix scales it. A power of two changes no digit.
-    largest = jnp.concatenate([jnp.max(jnp.abs(m), axis=(-2, -1)) for m in matrices])
+    of = lambda x: jnp.max(jnp.abs(x), axis=(-2, -1))
+    largest = jnp.concatenate(
+      [
+        of(m) if n is None else jnp.maximum(of(m), of(n))
+        for m, n in zip(matrices, noises, strict=True)
+      ]
+    )
     finite = split.all(jnp.isfinite(largest))  # NaN, if one is there.
     largest = split.largest(jnp.where(finite, largest, 0))
     scale = jnp.exp2(jnp.floor(jnp.log2(jnp.where(largest > 0, largest, 1))))
     scaled, start = [], 0
-    for matrix in matrices:
+    for matrix, noise in zip(matrices, noises, strict=True):
       end = start + len(matrix)
       short = matrix.shape[-2 if _is_wide(matrix, split) else -1]
       unit = jnp.eye(short, dtype=matrix.dtype)[None] / scale[start:end, None, None]
-      scaled.append(_apply(matrix, unit, split=split))
+      scaled.append([x if x is None else _apply(x, unit, split=split) for x in (matrix, noise)])
       start = end
     scale, finite = split.mine(scale), split.mine(finite)
-    grams = jnp.where(finite[:, None, None], together(scaled), 0)
+    grams = jnp.where(finite[:, None, None], together(*zip(*scaled, strict=True)), 0)
     return grams, energy(grams), scale, finite
 
-  def as_they_are(matrices):
-    del matrices
+  def as_they_are(matrices, noises):
+    del matrices, noises
     return grams, sums, jnp.ones_like(sums), jnp.isfinite(sums)
 
-  grams = together(matrices)
+  grams = together(matrices, noises)
   sums = energy(grams)
   # False for a NaN. All devices take the same branch: there are sums over them in it.
   safe = split.all(jnp.all((sums > SAFE[0]) & (sums < SAFE[1])))
-  return jax.lax.cond(safe, as_they_are, with_scales, matrices)
+  return jax.lax.cond(safe, as_they_are, with_scales, matrices, noises)
 
 
 def _solve_grams(
