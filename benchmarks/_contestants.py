@@ -656,6 +656,12 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       numbers=lambda *_: {'alpha': 1.5, 'turn': 0.03},
     ),
     Contestant(
+      'one_turn',
+      'spectral_newton',
+      'Spectral Newton, α = 1.5, σ* = 0.04 in every layer',
+      numbers=lambda *_: {'alpha': 1.5, 'turn': 0.04, 'momentum': DEFAULT_MOMENTUM},
+    ),
+    Contestant(
       'noise',
       'noise',
       'Spectral Newton, α = 1.5, σ* from the noise',

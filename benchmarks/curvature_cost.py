@@ -2,7 +2,7 @@
 
     python benchmarks/curvature_cost.py                       # width 64, batch 1024
     python benchmarks/curvature_cost.py --width 16 --batch 64 --size 16 --budget 64
-    python benchmarks/curvature_cost.py --size 8 --once --layers 6    # An hour, two cores
+    python benchmarks/curvature_cost.py --size 8 --once --budget 8192    # 22 minutes, two cores
 
 On images of noise, after initialisation; what is computed does not depend on the numbers.
 

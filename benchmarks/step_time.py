@@ -95,6 +95,8 @@ def all_contestants() -> list[Contestant]:
     Contestant('adamw', optax.adamw),
     Contestant('muon', muon),
     Contestant('muon_aol', functools.partial(muon, preconditioning='aol', ns_steps=4)),
+    Contestant('defaults', spectral_optax.spectral_newton),
+    Contestant('noise', functools.partial(spectral_optax.spectral_newton, damping='noise')),
     *spectral_newtons(),
   ]
 

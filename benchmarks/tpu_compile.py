@@ -75,7 +75,8 @@ SETS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def all_contestants() -> dict[str, Callable[..., optax.GradientTransformation]]:
   """By name, what makes an optimizer of a learning rate."""
-  made = {c.name: c.build for c in step_time.all_contestants() if c.name.startswith(REFERENCE)}
+  as_timed = step_time.all_contestants()
+  made = {c.name: c.build for c in as_timed if c.name.startswith((REFERENCE, 'noise'))}
   for solver in ('auto', *solvers.SOLVERS):
     for alpha in ALPHAS:
       name = f'{solver} alpha={alpha if isinstance(alpha, str) else format(alpha, "g")}'

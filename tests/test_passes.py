@@ -315,3 +315,11 @@ def test_counting_compiles_nothing(tpu_compile, capsys, monkeypatch):
   # GᵀG in one pass, and G f in two: f has sixteen bits.
   assert counts['tiny']['rational alpha=2'] > sum(3 * 2 * m * 64 for m in (27, 16, 24))
   assert 'rational alpha=2' in capsys.readouterr().out
+
+
+def test_noise_is_worked_on_in_bfloat16_too(tpu_compile, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  chosen = ['auto alpha=default', 'noise']
+  counts = tpu_compile.main(['--count', '--sets', 'tiny', '--contestants', *chosen])
+  # One more Gram matrix, and a few more steps to a turning point at a quarter of the default's.
+  assert 1.1 < counts['tiny']['noise'] / counts['tiny']['auto alpha=default'] < 1.6

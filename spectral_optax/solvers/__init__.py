@@ -309,15 +309,19 @@ BFLOAT16_MOVES = 2.0**-8 / math.sqrt(3)
 
 
 def half_precision_will_do(
-  alpha: Any, damping: Any, normalize: str | None, tolerance: float
+  alpha: Any, damping: Any, normalize: str | None, tolerance: float, noisy: bool = False
 ) -> bool:
   """Whether T changes by less than `tolerance` at σ* when G is rounded to bfloat16.
 
   A σ that moves by some part of the turning point σ* changes T there by no more than that
   part. Directions that are not there, of a matrix of few, get up to that part of T's peak.
+  Where `noisy`, where T turns over at the noise of the gradients, rounding is more of that, and
+  little of it: a thousandth of an entry's root mean square.
   """
   if tolerance < BFLOAT16_TOLERANCE or normalize is None or not (known(alpha) and known(damping)):
     return False
+  if noisy:
+    return True
   alpha = np.maximum(np.asarray(alpha, np.float64), 1e-3)
   return bool(np.all(np.asarray(damping) ** (1 / alpha) * tolerance >= BFLOAT16_MOVES))
 
@@ -527,8 +531,9 @@ def _solve_grams(
   n = max(batch.small for batch in batches)
   join = lambda parts: (np if all(map(known, parts)) else jnp).concatenate(parts)
   alpha, damping = (join([batch[i] for batch in batches]) for i in (1, 2))
+  noisy = all(noise is not None for batch in batches for noise in batch.noises)
   half = batches[0].basis.dtype == jnp.float32 and half_precision_will_do(
-    alpha, damping, normalize, tolerance
+    alpha, damping, normalize, tolerance, noisy
   )
   # Of all devices, and of those matrices that this one has.
   sides = np.concatenate([np.full(len(batch.alpha), batch.small) for batch in batches])
