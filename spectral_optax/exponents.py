@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectral_optax import layout
+from spectral_optax import layout, solvers
 from spectral_optax.measured import MeasuredAlpha
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
@@ -161,6 +161,11 @@ def noise_turn(small: int) -> Turn:
 def of_noise(damping: Any) -> bool:
   """Whether a damping that `resolve` has found is "noise"."""
   return isinstance(damping, Turn) and damping.of_noise
+
+
+def known(alpha: Any, damping: Any) -> bool:
+  """Whether the (α, d) that `resolve` has found are known while tracing, at every step."""
+  return solvers.known(alpha) and (solvers.known(damping) or isinstance(damping, Turn))
 
 
 def at(alpha: Any, damping: Any, count: Any) -> tuple[Any, Any]:

@@ -373,7 +373,7 @@ def scale_by_spectral_transfer(
     grouped: dict[Any, dict[Any, list[str]]] = {}
     for path, view in views.items():
       # One fit for all where every α and d is known, weights by least squares elsewhere.
-      fixed = all(solvers.known(v) for v in values[path])
+      fixed = exponents.known(*values[path])
       key = _piece_key(view, dtypes[path])
       alone = path if math.prod(view.shape) >= ALONE else None
       piece = key, alone, path in noise
