@@ -143,23 +143,27 @@ def train(name, kind, solver='auto', damping='', steps=20):
   }
 
 
-def work(solver, name, count='16'):
+def work(solver, name, count='16', damping=''):
   """FLOPs of one device x 8 over those of one alone; bytes that all send over the parameters'."""
   sys.path.append('benchmarks')
   import _collectives
 
   count, rows, columns = int(count), 256, 128
-  tx = spectral_optax.scale_by_spectral_transfer(solver=solver, update_rms=0.2)
+  build = spectral_optax.scale_by_spectral_transfer
+  tx = build(damping=damping or None, solver=solver, update_rms=0.2)
+  # What noise there is does not matter here, only that it is moved.
+  noise = lambda g: {'noise': {k: jnp.square(x) for k, x in g.items()}} if damping else {}
+  update = jax.jit(lambda g, state: tx.update(g, state, **noise(g)))
   one = {f'w{i}': jax.ShapeDtypeStruct((rows, columns), jnp.float32) for i in range(count)}
   state = jax.eval_shape(tx.init, one)
-  alone = jax.jit(tx.update).lower(one, state).compile().cost_analysis()['flops']
+  alone = update.lower(one, state).compile().cost_analysis()['flops']
   sizes, axes = MESHES[name]
   mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Explicit,) * len(axes))
   there = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
   with jax.set_mesh(mesh):
     grads = {k: there(x, spec(name, x.shape)) for k, x in one.items()}
     state = jax.tree.map(lambda x: there(x, P()), state)
-    compiled = jax.jit(tx.update).lower(grads, state).compile()
+    compiled = update.lower(grads, state).compile()
   sent = _collectives.bytes_sent(compiled.as_text(), 8)
   return {
     'flops': 8 * compiled.cost_analysis()['flops'] / alone,

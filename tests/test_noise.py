@@ -155,6 +155,11 @@ def test_the_transfer_alone_is_given_its_noise():
     want = spectral_optax.apply_transfer(both, alpha=1.5, damping=0.01**1.5, solver='svd')
     want = jax.lax.slice_in_dim(want, 0, x.shape[axis], axis=axis)
     np.testing.assert_allclose(updates[name]['kernel'], want, rtol=1e-5, atol=1e-5)
+  # Noise that leaves float32 beside a matrix that does not.
+  huge = jax.tree.map(lambda x: 1e25 * x, noise)
+  polynomial = spectral_optax.scale_by_spectral_transfer(1.5, 'noise', solver='polynomial')
+  updates, _ = polynomial.update(g, polynomial.init(g), noise=huge)
+  assert all(np.isfinite(x).all() and np.any(x != 0) for x in jax.tree.leaves(updates))
   with pytest.raises(ValueError, match=r"'tall/kernel' with shape \(24, 16\).*noise="):
     spectral_optax.scale_by_spectral_transfer(
       1.5, {'tall': 'noise', 'wide': 0.1, 'alike': 0.1, 'conv': 0.1}

@@ -54,12 +54,17 @@ def test_results_of_one_device_and_shardings_that_stay(cases):
 
 def test_work_is_divided_and_little_is_sent():
   cases = ('polynomial,fsdp', 'polynomial,fsdp x tp', 'gram,tp')
-  *even, filled = on_eight_devices('work', *cases, 'polynomial,fsdp,9')
+  *even, filled, noisy = on_eight_devices(
+    'work', *cases, 'polynomial,fsdp,9', 'polynomial,fsdp,16,noise'
+  )
   for case, found in zip(cases, even, strict=True):
     assert found['flops'] <= 1.3, (case, found)
     # One all-to-all each way is 7/4 of them; the rest is what is known of spectra.
     assert 1.7 <= found['bytes'] <= 2, (case, found)
     assert 'all-gather' not in found['kinds'], (case, found)
+  # The noise goes where its matrix does, and does not come back.
+  assert noisy['flops'] <= 1.3
+  assert noisy['bytes'] - even[0]['bytes'] == pytest.approx(7 / 8, rel=0.01)
   # Nine on eight devices: two places each, filled up, and all of them sent.
   assert filled['flops'] == pytest.approx(16 / 9, rel=0.02)
   assert filled['bytes'] == pytest.approx(16 / 9 * 7 / 4, rel=0.05)
@@ -146,12 +151,14 @@ def test_every_way_to_divide(options, shapes):
       np.testing.assert_allclose(getattr(there, name)[path], x, rtol=2e-4, atol=1e-6)
 
 
-# One of each shape has none: matrices with and without are not of one piece.
+# The last one has none: matrices with and without are not of one piece. Nine in the same place
+# are two or more on every device.
 @pytest.mark.parametrize('solver', ['polynomial', 'svd'])
-@pytest.mark.parametrize('shapes', [(*DEALT, (12, 16)), (*TALL, (128, 8))])
+@pytest.mark.parametrize('shapes', [(*DEALT, (12, 16)), (*TALL, (128, 8)), ((16, 12),) * 10])
 def test_noise_travels_with_its_matrix(shapes, solver):
   tree, noise = matrices(*shapes), {k: 5 * x for k, x in matrices(*shapes, seed=1).items()}
   places = [P('x', 'y'), P(None, ('y', 'x')), P('x'), P(), P('y', 'x'), P('x', 'y')]
+  places = places if len(shapes) < 10 else [P('x', 'y')] * 10
   specs = dict(zip(tree, places, strict=False))
   damping = {'': 'noise', f'w{len(shapes) - 1}': 0.1}
   tx = spectral_optax.scale_by_spectral_transfer(1.5, damping, solver=solver)
