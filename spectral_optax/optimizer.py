@@ -69,7 +69,8 @@ def spectral_newton(
       convolutions and 0.008 at α = 1.5 for other matrices, and at any other α the d
       with the same turning point d^(1/α). ``"noise"``, also as a leaf of a tree, is a
       damping that sets itself: U T(Σ) Vᵀ becomes G f(GᵀG + NᵀN / m), m the longer side, N a
-      tree with as much noise in it as the momentum has (`noise_in_momentum`), so that T turns
+      tree with as much noise in it as the momentum has (of the gradients minus their average,
+      `noise_in_momentum`; ``update(..., noise=N)`` has one of its own), so that T turns
       over, direction by direction, where noise leaves σ in doubt; where there is none, at
       0.01 (of a smaller side of more than 877, at 0.00034 of its root). `alpha`'s
       ``"default"`` is 1.5 in every layer then. What the state says of a spectrum has the

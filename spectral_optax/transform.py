@@ -598,7 +598,8 @@ def scale_by_spectral_newton(
     of_average, of_transfer = state
     noise = functools.partial(noise_in_momentum, updates, of_average, momentum, nesterov)
     ahead, of_average = average.update(updates, of_average)
-    ahead, of_transfer = transfer.update(ahead, of_transfer, params, noise=noise, **extra_args)
+    extra_args = {'noise': noise, **extra_args}
+    ahead, of_transfer = transfer.update(ahead, of_transfer, params, **extra_args)
     return ahead, (of_average, of_transfer)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

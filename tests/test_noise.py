@@ -96,6 +96,20 @@ def test_the_exponent_may_be_named():
     np.testing.assert_allclose(found[name], expected(name, alpha=1.2), rtol=0, atol=ROUNDING)
 
 
+def test_who_knows_the_noise_may_say_it():
+  g, nothing = gradients()[0], jax.tree.map(jnp.zeros_like, gradients()[0])
+  noisy = spectral_optax.spectral_newton(1.0, 1.5, 'noise', solver='svd')
+  plain = spectral_optax.spectral_newton(1.0, 1.5, 0.01**1.5, solver='svd')
+  want, _ = plain.update(g, plain.init(g), g)
+  found, _ = noisy.update(g, noisy.init(g), g, noise=nothing)
+  much = jax.tree.map(lambda x: 5 * x, gradients()[1])
+  other, _ = noisy.update(g, noisy.init(g), g, noise=much)
+  for name in SHAPES:
+    x = found[name]['kernel']
+    np.testing.assert_allclose(x, want[name]['kernel'], rtol=0, atol=ROUNDING)
+    assert not np.allclose(x, other[name]['kernel'], rtol=0, atol=0.01)
+
+
 def test_some_parameters_of_a_shape_may_have_it_and_others_not():
   damping = {'tall': 'noise', 'wide': 0.1, 'alike': 0.1, 'conv': 'noise'}
   build = lambda damping: spectral_optax.spectral_newton(1.0, 1.5, damping, solver='svd')
