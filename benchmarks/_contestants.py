@@ -660,6 +660,7 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'spectral_newton',
       'Spectral Newton, α = 1.5, σ* = 0.04 in every layer',
       numbers=lambda *_: {'alpha': 1.5, 'turn': 0.04, 'momentum': DEFAULT_MOMENTUM},
+      possible=lambda problem: 'conv' in problem.types.values(),  # Elsewhere, the defaults.
     ),
     Contestant(
       'noise',
