@@ -199,7 +199,8 @@ def test_contestants_are_tuned_alike(convergence):
   measured = {'mlp-digits': {'network': network, 'before': found, 'early': found}}
   everyone = contestants.contestants(measured)
   for contestant in everyone.values():
-    assert contestant.can_run(problem)
+    # Only convolutions tell that one from the defaults, and here are none.
+    assert contestant.can_run(problem) == (contestant.name != 'one_turn')
     grid = contestant.grid()
     assert len(set(grid)) == contestants.TRIALS
     seen = sorted({rate for rate, _ in grid})
