@@ -112,7 +112,8 @@ def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
   if isinstance(value, str | bytes) or not isinstance(
     value, int | float | np.ndarray | np.generic | jax.Array
   ):
-    raise ValueError(f'{where} must be a number or a schedule, got {value!r}.')
+    or_noise = ', or "noise"' if name == 'damping' else ''
+    raise ValueError(f'{where} must be a number or a schedule{or_noise}, got {value!r}.')
   shape = np.shape(value)
   try:
     fits = np.broadcast_shapes(shape, view.batch_shape) == view.batch_shape

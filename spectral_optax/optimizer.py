@@ -72,7 +72,7 @@ def spectral_newton(
       tree with as much noise in it as the momentum has (of the gradients minus their average,
       `noise_in_momentum`; ``update(..., noise=N)`` has one of its own), so that T turns
       over, direction by direction, where noise leaves σ in doubt; where there is none, at
-      0.01 (of a smaller side of more than 877, at 0.00034 of its root). `alpha`'s
+      0.01 (of a smaller side of more than 871, at 0.00034 of its root). `alpha`'s
       ``"default"`` is 1.5 in every layer then. What the state says of a spectrum has the
       noise in it.
     momentum: Decay of the running average of the gradients.

@@ -608,11 +608,11 @@ def solve_batches(
           counts.append(math.prod(xs[path].shape[a] for a in view.batch_axes))
           numbers.append(_own_numbers(ids[path], view, division, number))
         view = views[group.paths[0]]
-        tall = view.rows > view.columns
+        noisy = group.paths[0] in ns
+        tall = view.rows > view.columns or (noisy and view.rows == view.columns)
 
         how = group, division, number, deal, split, tall, first
         moved = _assemble(_together(xs, group, views), *how)
-        noisy = group.paths[0] in ns
         noise = _assemble(_together(ns, group, views), *how).x.astype(dtype) if noisy else None
         noises.append(noise)
         share, real, most = _numbers(jnp.concatenate(numbers), group, division, number, deal, first)

@@ -357,7 +357,7 @@ def scale_by_spectral_transfer(
         ' noise=..., a tree like the updates. `scale_by_spectral_newton` and `spectral_newton`'
         ' give it.'
       )
-    leaves = layout.leaves_by_path(noise() if callable(noise) else noise)
+    leaves = layout.leaves_by_path(noise() if layout.is_function(noise) else noise)
     longer = {path: max(views[path].rows, views[path].columns) for path in noisy}
     return {path: leaves[path] / math.sqrt(longer[path]) for path in noisy}
 
@@ -391,7 +391,6 @@ def scale_by_spectral_transfer(
     start = 0
     for (name, small, fixed), pieces in grouped.items():
       matrices, noises, given = [], [], {'alpha': [], 'damping': []}
-
       for paths in pieces.values():
         if division is None:
           matrices.append(_stacked(leaves, paths, views, name))

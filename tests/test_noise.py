@@ -10,8 +10,15 @@ import pytest
 
 import spectral_optax
 from spectral_optax import exponents, solvers, transform
+from tests import reference
 
-SHAPES = {'tall': (24, 16), 'wide': (16, 40), 'alike': (24, 16), 'conv': (3, 3, 4, 8)}
+SHAPES = {
+  'tall': (24, 16),
+  'wide': (16, 40),
+  'alike': (24, 16),
+  'square': (16, 16),
+  'conv': (3, 3, 4, 8),
+}
 STEPS = 3
 
 
@@ -64,25 +71,27 @@ def expected(name, momentum=0.9, nesterov=True, alpha=1.5, share=1.0):
 ROUNDING = 5e-5
 
 
-# Beyond rounding, the relative error of T that is allowed, of three standard deviations of entries.
+# Of the whole update, relative: no direction is off by more than T may be.
 @pytest.mark.parametrize(
-  ('how', 'atol'),
+  ('how', 'within'),
   [
-    ({}, 0.1 * 0.6),
+    ({}, 0.1),
     ({'solver': 'svd'}, ROUNDING),
     ({'solver': 'svd', 'nesterov': False, 'momentum': 0.7}, ROUNDING),
     ({'solver': 'gram'}, ROUNDING),
-    ({'solver': 'rational', 'tolerance': 1e-3}, 1e-3 * 0.6),
-    ({'solver': 'polynomial', 'tolerance': 1e-3}, 1e-3 * 0.6),
+    ({'solver': 'rational', 'tolerance': 1e-3}, 1e-3),
+    ({'solver': 'polynomial', 'tolerance': 1e-3}, 1e-3),
     ({'solver': 'low_rank', 'rank': 16}, 1e-3),
   ],
 )
-def test_against_its_formula(how, atol):
+def test_against_its_formula(how, within):
   tx = spectral_optax.scale_by_spectral_newton(damping='noise', **how)
-  found, state = trained(tx, gradients())
+  # A small tolerance in double precision: Gram matrices round more than that at σ* = 0.01.
+  with jax.enable_x64('tolerance' in how):
+    found, state = trained(tx, jax.tree.map(lambda x: jnp.asarray(x, float), gradients()))
   numbers = {k: how[k] for k in ('momentum', 'nesterov') if k in how}
   for name in SHAPES:
-    np.testing.assert_allclose(found[name], expected(name, **numbers), rtol=0, atol=atol)
+    assert reference.relative_error(found[name], expected(name, **numbers)) < within, name
     assert np.abs(expected(name, **numbers) - expected(name, **numbers, share=0.0)).max() > 1e-3
   # One exponent in every layer, where the user names none.
   assert {float(a) for a in optax.tree.get(state, 'alpha').values()} == {1.5}
@@ -110,7 +119,7 @@ def test_who_knows_the_noise_may_say_it():
 
 
 def test_some_parameters_of_a_shape_may_have_it_and_others_not():
-  damping = {'tall': 'noise', 'wide': 0.1, 'alike': 0.1, 'conv': 'noise'}
+  damping = {'tall': 'noise', 'wide': 0.1, 'alike': 0.1, 'square': 0.1, 'conv': 'noise'}
   build = lambda damping: spectral_optax.spectral_newton(1.0, 1.5, damping, solver='svd')
   mixed, _ = trained(build(damping), gradients())
   plain, _ = trained(build(0.1), gradients())
@@ -146,15 +155,16 @@ def test_the_scale_of_gradients_does_not_matter(scale, solver):
 
 def test_bad_gradients_stay_where_they_are():
   tx = spectral_optax.scale_by_spectral_newton(damping='noise')
-  clean, (_, before) = trained(tx, gradients())
+  clean, _ = trained(tx, gradients())
   bad = [*gradients()[:-1], {**gradients()[-1]}]
   bad[-1]['tall'] = {'kernel': gradients()[-1]['tall']['kernel'].at[2, 3].set(jnp.nan)}
   found, (average, after) = trained(tx, bad)
   assert np.isnan(found['tall']).all()
-  for name in ('wide', 'alike', 'conv'):
+  for name in ('wide', 'alike', 'square', 'conv'):
     np.testing.assert_allclose(found[name], clean[name], rtol=0, atol=1e-6)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(average))
-  assert jax.tree.structure(before) == jax.tree.structure(after)
+  unknown = {path for path, sigma in after.sigma_max.items() if np.isnan(sigma)}
+  assert unknown == {'tall/kernel'}
 
 
 def test_the_transfer_alone_is_given_its_noise():
@@ -175,7 +185,7 @@ def test_the_transfer_alone_is_given_its_noise():
   assert all(np.isfinite(x).all() and np.any(x != 0) for x in jax.tree.leaves(updates))
   with pytest.raises(ValueError, match=r"'tall/kernel' with shape \(24, 16\).*noise="):
     spectral_optax.scale_by_spectral_transfer(
-      1.5, {'tall': 'noise', 'wide': 0.1, 'alike': 0.1, 'conv': 0.1}
+      1.5, {'tall': 'noise', 'wide': 0.1, 'alike': 0.1, 'square': 0.1, 'conv': 0.1}
     ).update(g, tx.init(g))
 
 
@@ -189,7 +199,7 @@ def test_no_size_is_left_to_eigenvectors(small, backend):
 @pytest.mark.parametrize('damping', ['nois', {'tall': 'nois', '': 'noise'}])
 def test_no_other_word_will_do(damping):
   tx = spectral_optax.spectral_newton(1e-2, damping=damping)
-  with pytest.raises(ValueError, match='nois'):
+  with pytest.raises(ValueError, match="got 'nois'"):
     tx.init(gradients()[0])
 
 

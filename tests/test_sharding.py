@@ -154,7 +154,9 @@ def test_every_way_to_divide(options, shapes):
 # The last one has none: matrices with and without are not of one piece. Nine in the same place
 # are two or more on every device.
 @pytest.mark.parametrize('solver', ['polynomial', 'svd'])
-@pytest.mark.parametrize('shapes', [(*DEALT, (12, 16)), (*TALL, (128, 8)), ((16, 12),) * 10])
+@pytest.mark.parametrize(
+  'shapes', [(*DEALT, (12, 16)), (*TALL, (24, 24), (128, 8)), ((16, 12),) * 10]
+)
 def test_noise_travels_with_its_matrix(shapes, solver):
   tree, noise = matrices(*shapes), {k: 5 * x for k, x in matrices(*shapes, seed=1).items()}
   places = [P('x', 'y'), P(None, ('y', 'x')), P('x'), P(), P('y', 'x'), P('x', 'y')]

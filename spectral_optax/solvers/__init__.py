@@ -233,8 +233,8 @@ class Batch(NamedTuple):
       (batch,) booleans; None for all.
     most: How many are real on the device that has the most.
     noise: For each piece None, or N of its shape: T then acts on the roots of the eigenvalues of
-      GᵀG + NᵀN (of the smaller side), as if N's rows were under G's, and so does all that is
-      said of the spectrum.
+      GᵀG + NᵀN, as if N's rows were under G's (of fewer rows than columns, G Gᵀ + N Nᵀ), and so
+      does all that is said of the spectrum.
   """
 
   matrices: Sequence[jax.Array]
@@ -259,14 +259,18 @@ class Batch(NamedTuple):
     return self.basis.shape[1]
 
 
-def _is_wide(matrix: jax.Array, split: Split = WHOLE) -> bool:
-  """Whether the small Gram matrix is G Gᵀ; a square one's is quicker to compute so."""
-  return not split.axes and matrix.shape[-2] <= matrix.shape[-1]
+def _is_wide(matrix: jax.Array, split: Split = WHOLE, noisy: bool = False) -> bool:
+  """Whether the small Gram matrix is G Gᵀ; a square one's is quicker to compute so.
+
+  With noise it matters which of a square one's is taken: GᵀG, everywhere.
+  """
+  rows, columns = matrix.shape[-2:]
+  return not split.axes and (rows < columns or (rows == columns and not noisy))
 
 
-def _gram(matrix: jax.Array, half: bool = False, split: Split = WHOLE) -> jax.Array:
+def _gram(matrix: jax.Array, wide: bool, half: bool = False) -> jax.Array:
   """GᵀG or G Gᵀ, of the smaller side; `half`: of G rounded to bfloat16, off a CPU."""
-  equation = 'bij,bkj->bik' if _is_wide(matrix, split) else 'bji,bjk->bik'
+  equation = 'bij,bkj->bik' if wide else 'bji,bjk->bik'
   multiply = functools.partial(jnp.einsum, equation, preferred_element_type=matrix.dtype)
   exact = lambda x: multiply(x, x, precision='highest')
   if not half:
@@ -279,9 +283,8 @@ def _gram(matrix: jax.Array, half: bool = False, split: Split = WHOLE) -> jax.Ar
   return jax.lax.platform_dependent(matrix, cpu=exact, default=rounded)
 
 
-def _apply(matrix: jax.Array, f: jax.Array, half: bool = False, split: Split = WHOLE) -> jax.Array:
+def _apply(matrix: jax.Array, f: jax.Array, wide: bool, half: bool = False) -> jax.Array:
   """G f(GᵀG), or f(G Gᵀ) G; `half`: of G rounded to bfloat16, off a CPU."""
-  wide = _is_wide(matrix, split)
 
   def multiply(matrix, f, **how):
     left, right = (f, matrix) if wide else (matrix, f)
@@ -474,9 +477,10 @@ def _grams(
   def together(matrices, noises):
     grams = []
     for matrix, noise in zip(matrices, noises, strict=True):
-      gram = _gram(matrix, half, split)
+      wide = _is_wide(matrix, split, noise is not None)
+      gram = _gram(matrix, wide, half)
       if noise is not None:
-        gram += _gram(noise, half, split)
+        gram += _gram(noise, wide, half)
       pad = (0, n - gram.shape[-1])
       grams.append(jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram)
     return split.total(jnp.concatenate(grams))
@@ -497,9 +501,10 @@ def _grams(
     scaled, start = [], 0
     for matrix, noise in zip(matrices, noises, strict=True):
       end = start + len(matrix)
-      short = matrix.shape[-2 if _is_wide(matrix, split) else -1]
+      wide = _is_wide(matrix, split, noise is not None)
+      short = matrix.shape[-2 if wide else -1]
       unit = jnp.eye(short, dtype=matrix.dtype)[None] / scale[start:end, None, None]
-      scaled.append([x if x is None else _apply(x, unit, split=split) for x in (matrix, noise)])
+      scaled.append([x if x is None else _apply(x, unit, wide) for x in (matrix, noise)])
       start = end
     scale, finite = split.mine(scale), split.mine(finite)
     grams = jnp.where(finite[:, None, None], together(*zip(*scaled, strict=True)), 0)
@@ -591,9 +596,10 @@ def _solve_grams(
   for batch in batches:
     part = slice(start, start + len(batch.basis))
     updates = []
-    for matrix in batch.matrices:
+    for matrix, noise in zip(batch.matrices, batch.noises, strict=True):
       end = start + len(matrix)
-      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small], half, split))
+      wide = _is_wide(matrix, split, noise is not None)
+      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small], wide, half))
       start = end
     spectrum = Spectrum(*(x[part] for x in whole))
     results.append((updates, spectrum._replace(basis=spectrum.basis[:, : batch.small])))
