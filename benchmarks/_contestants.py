@@ -149,10 +149,10 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
 
 
 def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation:
-  """Ours, with the exponent measured as it trains, and σ* of `earlier_numbers`."""
+  """Ours, with the exponent measured as it trains, and the default's σ*."""
   rule = spectral_optax.measured_alpha(every=problem.task.every, top_k=8)
   turns = {
-    path: exponents.Turn.of(*(EARLIER_CONV if kind == 'conv' else EARLIER_OTHER))
+    path: exponents.Turn.of(*exponents.default_exponents(kind))
     for path, kind in problem.types.items()
   }
   return spectral_optax.spectral_newton(
@@ -167,10 +167,12 @@ def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation
   )
 
 
-def noise(problem: Problem, lane: Any) -> optax.GradientTransformation:
-  """Ours with a damping that sets itself."""
+def noise(problem: Problem, lane: Any, *, any_alpha: bool = False) -> optax.GradientTransformation:
+  """Ours with a damping that sets itself; `any_alpha`: at the lane's exponents, traced."""
+  by_path = {path: lane['alpha'][i] for i, path in enumerate(problem.matrices)}
   return spectral_optax.spectral_newton(
     schedule(problem, lane),
+    **({'alpha': by_path} if any_alpha else {}),
     damping='noise',
     momentum=lane['momentum'],
     solver='polynomial',
@@ -211,12 +213,15 @@ def apart(
 
 
 def of_rollfast(
-  problem: Problem, lane: Any, *, name: str, sized: bool, **options: Any
+  problem: Problem, lane: Any, *, name: str, momentum: str, sized: bool, **options: Any
 ) -> optax.GradientTransformation:
   """An optimizer of the package rollfast on the matrices, AdamW on the rest.
 
-  `sized`: its updates come to the size that all spectral updates have here.
+  `momentum`: the name there of the lane's; nothing for a constant one. `sized`: its updates come
+  to the size that all spectral updates have here.
   """
+  if momentum:
+    options[momentum] = lane['momentum']
   make = getattr(importlib.import_module('rollfast'), name)
   size = spectral_optax.scale_to_rms(
     UPDATE_RMS, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(0, 1)
@@ -423,8 +428,8 @@ def _runs(name: str) -> bool:
   return True
 
 
-def _rollfast(name: str, sized: bool = True, **options: Any) -> Program:
-  build = functools.partial(of_rollfast, name=name, sized=sized, **options)
+def _rollfast(name: str, momentum: str = '', sized: bool = True, **options: Any) -> Program:
+  build = functools.partial(of_rollfast, name=name, momentum=momentum, sized=sized, **options)
   return Program(build, _installed('rollfast'))
 
 
@@ -437,11 +442,14 @@ PROGRAMS = {
     measured_online, one_by_one=True, period=lambda problem: problem.task.every
   ),
   'noise': Program(noise),
-  'contramuon': _rollfast('contramuon'),
-  'normuon': _rollfast('normuon'),
-  'contranormuon': _rollfast('contranormuon'),
+  'noise_of_alpha': Program(functools.partial(noise, any_alpha=True)),
+  'contramuon': _rollfast('contramuon', 'beta1'),
+  'normuon': _rollfast('normuon', 'beta1'),
+  'contranormuon': _rollfast('contranormuon', 'beta1'),
+  # Its momentum cannot be traced.
   'aurora': _rollfast('aurora'),
-  'prism': _rollfast('prism'),
+  'aurora_0.9': _rollfast('aurora', b1=0.9),
+  'prism': _rollfast('prism', 'b1'),
   'psgd_kron': _rollfast('kron', sized=False),
   'shampoo': Program(
     shampoo,
@@ -623,11 +631,12 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       knob=BY_MOMENTUM,
       numbers=lambda *_: {'alpha': 0.75, 'alpha_end': 1.25, 'turn': 0.003},
     ),
-    Contestant('contramuon', 'contramuon', 'Contra-Muon (rollfast)'),
-    Contestant('normuon', 'normuon', 'NorMuon (rollfast)'),
-    Contestant('contranormuon', 'contranormuon', 'Contra-NorMuon (rollfast)'),
-    Contestant('aurora', 'aurora', 'Aurora (rollfast)'),
-    Contestant('prism', 'prism', 'PRISM (rollfast)'),
+    Contestant('contramuon', 'contramuon', 'Contra-Muon (rollfast)', knob=BY_MOMENTUM),
+    Contestant('normuon', 'normuon', 'NorMuon (rollfast)', knob=BY_MOMENTUM),
+    Contestant('contranormuon', 'contranormuon', 'Contra-NorMuon (rollfast)', knob=BY_MOMENTUM),
+    Contestant('aurora', 'aurora', 'Aurora (rollfast), momentum 0.95'),
+    Contestant('aurora_0.9', 'aurora_0.9', 'Aurora (rollfast), momentum 0.9'),
+    Contestant('prism', 'prism', 'PRISM (rollfast)', knob=BY_MOMENTUM),
     Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 2),
     Contestant(
       'spectral_newton',
@@ -703,7 +712,12 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       for suffix, order in (('', ''), ('_shuffled', 'shuffled'), ('_reversed', 'reversed'))
     ),
     *_of_measured({} if measured is None else measured),
-    Contestant('measured_online', 'measured_online', 'Spectral Newton, α measured online'),
+    Contestant(
+      'measured_online',
+      'measured_online',
+      'Spectral Newton, α measured online',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+    ),
     Contestant('shampoo', 'shampoo', 'Shampoo (optax-shampoo)', FIRST_RATE, ('b2', (0.999, 0.95))),
     Contestant('soap', 'soap', 'SOAP (levanter)', FIRST_RATE, ('b2', (0.999, 0.95))),
     Contestant('kfac', 'kfac', 'K-FAC (kfac-jax)', FIRST_RATE, ('lambda', (1.0, 0.1))),
@@ -718,11 +732,11 @@ def _of_measured(measured: Measured) -> Iterable[Contestant]:
 
   def numbers(form: str, order: str) -> Callable[[Problem, int, float], Lane]:
     def made(problem: Problem, seed: int, knob: float) -> Lane:
-      # Beside 'earlier': σ* stays, as where a user gives α alone.
+      # Beside the defaults: σ* and the momentum stay, as where a user gives α alone.
       alphas = measured[problem.task.name][form]['alpha']
       alphas = {path: alphas[path] for path in problem.matrices}
-      turn = earlier_numbers(problem, seed, knob)['turn']
-      return {'alpha': compact(arranged(alphas, order, seed)), 'turn': turn}
+      usual = default_numbers(problem, seed, knob)
+      return usual | {'alpha': compact(arranged(alphas, order, seed))}
 
     return made
 
@@ -754,7 +768,8 @@ def _of_measured(measured: Measured) -> Iterable[Contestant]:
 
 # What took part how, and what could not; under every table.
 NOTES = (
-  'rollfast 1.3.0 needs Python 3.12 or later.',
+  'rollfast 1.3.0 needs Python 3.12 or later. Its Aurora takes no traced momentum: two rows, each'
+  ' with twice as many learning rates.',
   'Shampoo: optax-shampoo 0.0.6, of 2022, on JAX 0.12. It calls `jax.tree_map` and starts a loop'
   ' with a bool that becomes a float, neither of which JAX has any more; both are lent to it. Its'
   ' updates take their size from RMSProp; inverse roots every 25 or 30 steps.',

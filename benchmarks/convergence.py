@@ -357,22 +357,24 @@ def path_lanes(args: argparse.Namespace) -> list[Lane]:
 
 
 def momentum_lanes(args: argparse.Namespace) -> dict[str, list[Lane]]:
-  """By program: the cells of the map, and Muon, at other momenta."""
+  """By program: the cells of the map, with --noise its exponents, and Muon, at other momenta."""
   usual = _contestants.PER_LANE['momentum']
-  lanes: dict[str, list[Lane]] = {'spectral_newton': [], 'muon': []}
+  lanes: dict[str, list[Lane]] = {'spectral_newton': [], 'muon': [], NOISE: []}
   for momentum in args.momenta:
-    own = None if momentum == usual else momentum
+    own = {} if momentum == usual else {'momentum': momentum}
     for rate, seed in itertools.product(args.rates, args.map_seeds):
-      lanes['muon'].append(
-        {'seed': seed, 'rate': rate} | ({} if own is None else {'momentum': own})
-      )
+      usual_lane = {'seed': seed, 'rate': rate} | own
+      lanes['muon'].append(usual_lane)
       lanes['spectral_newton'] += [
-        _contestants.map_lane(*cell, rate, seed, momentum=own)
+        _contestants.map_lane(*cell, rate, seed, momentum=own.get('momentum'))
         for cell in itertools.product(args.alphas, args.turns)
       ]
-  return lanes
+      if args.noise:
+        lanes[NOISE] += [usual_lane | {'alpha': alpha} for alpha in args.alphas]
+  return {program: of for program, of in lanes.items() if of}
 
 
+NOISE = 'noise_of_alpha'  # The program whose σ* the noise sets.
 REFERENCES = ('muon', 'adamw')  # Beside a map: same rates, same seeds.
 FIRST = ('spectral_newton', *REFERENCES)  # Of all tasks, before other programs.
 MAP_SEEDS_FROM = 200
@@ -533,7 +535,7 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
         by_rate.setdefault(lane['rate'], {})[lane['seed']] = _number(record['validation_loss'])
     if by_rate:
       found['references'][program] = best_rate(by_rate)
-  found['momenta'] = momenta(apart('muon'), found['cells'])
+  found['momenta'] = momenta(apart('muon'), found['cells'], apart(NOISE))
   return found
 
 
@@ -558,17 +560,24 @@ def cost_of(
   return None
 
 
-def momenta(muon: Iterable[Record], cells: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """By momentum, Muon at its best rate and the cells that were run at other momenta too."""
+def momenta(
+  muon: Iterable[Record], cells: Iterable[dict[str, Any]], noise: Iterable[Record] = ()
+) -> dict[str, dict[str, Any]]:
+  """By momentum, Muon and σ* from the noise, and the cells that were run at other momenta too.
+
+  All at the best learning rate.
+  """
   usual = _contestants.PER_LANE['momentum']
-  of_muon: dict[float, dict[float, dict[int, float]]] = {}
-  for record in muon:
+  named = [('Muon', record) for record in muon]
+  named += [(f'α = {r["lane"]["alpha"]:g}, σ* from the noise', r) for r in noise]
+  by_name: dict[tuple[float, str], dict[float, dict[int, float]]] = {}
+  for name, record in sorted(named, key=lambda of: of[0] != 'Muon'):
     lane = record['lane']
-    losses = of_muon.setdefault(lane.get('momentum', usual), {}).setdefault(lane['rate'], {})
-    losses[lane['seed']] = _number(record['validation_loss'])
-  found: dict[str, dict[str, Any]] = {
-    f'{momentum:g}': {'Muon': best_rate(losses)} for momentum, losses in of_muon.items()
-  }
+    at_rate = by_name.setdefault((lane.get('momentum', usual), name), {})
+    at_rate.setdefault(lane['rate'], {})[lane['seed']] = _number(record['validation_loss'])
+  found: dict[str, dict[str, Any]] = {}
+  for (momentum, name), losses in by_name.items():
+    found.setdefault(f'{momentum:g}', {})[name] = best_rate(losses)
   constant = [cell for cell in cells if cell['alpha'] == cell['alpha_end']]
   elsewhere = {(c['alpha'], c['turn']) for c in constant if c['momentum'] != usual}
   for cell in constant:
@@ -654,8 +663,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--map-seeds', type=int, nargs='+', default=list(_contestants.MAP_SEEDS))
   add('--momentum', type=float, help='of the map')
   add('--momenta', type=float, nargs='+', help='to run cells of the map and Muon at')
+  add('--noise', action='store_true', help='exponents of the map with σ* from the noise, likewise')
   add('--batch-size', type=int, help="in place of the tasks' own")
   add('--steps', type=int, help="in place of the tasks' own")
+  add('--width', type=int, help="in place of the networks' own")
   add('--lanes', type=int, default=1, help='trainings at once, of a small network; fewer of others')
   add('--half', action='store_true', help='forward and backward in bfloat16')
   add('--budget', type=float, default=math.inf, help='seconds after which nothing is begun')
@@ -700,6 +711,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       if args.steps % 16:
         parser.error('--steps must be a multiple of 16: there are so many evaluations.')
       changes |= {'steps': args.steps, 'every': args.steps // 16}
+    if args.width is not None:
+      if 'width' not in task.options:
+        parser.error(f'{name} has no width of its own; choose other --tasks.')
+      # A matrix has as many more numbers.
+      times = math.ceil((args.width / task.options['width']) ** 2)
+      changes |= {'options': {**task.options, 'width': args.width}, 'weight': task.weight * times}
     args.chosen_tasks.append(dataclasses.replace(task, **changes))
   return args
 
@@ -740,7 +757,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   for problem in problems:
     found = outcome(problem, store, args)
     name = problem.task.name
-    for option in ('batch_size', 'steps'):
+    for option in ('batch_size', 'steps', 'width'):
       if (value := getattr(args, option)) is not None:
         name += f', {option} {value:g}'
     content['tasks'][name] = found

@@ -113,12 +113,14 @@ def test_a_map_and_exponents_that_move(small, tmp_path, monkeypatch, capsys):
 
 def test_other_momenta(small, tmp_path, capsys):
   output = tmp_path / 'momenta.json'
-  command = '--tasks mlp-digits --momenta 0.9 --alphas 1.5 --turns 0.06 --rates 0.01 0.02'
-  command = f'{command} --map-seeds 200 201 --lanes 4 --quiet --work {tmp_path} --output {output}'
+  command = '--tasks mlp-digits --momenta 0.9 --alphas 1 1.5 --turns 0.06 --rates 0.01 0.02 --noise'
+  command = f'{command} --map-seeds 200 201 --lanes 8 --quiet --work {tmp_path} --output {output}'
   small.main(command.split())
   found = json.loads(output.read_text())['tasks']['mlp-digits']['momenta']
   assert list(found) == ['0.9']
-  assert set(found['0.9']) == {'Muon', 'α = 1.5, σ* = 0.06'}
+  noisy = ['α = 1, σ* from the noise', 'α = 1.5, σ* from the noise']
+  assert list(found['0.9']) == ['Muon', *noisy, 'α = 1, σ* = 0.06', 'α = 1.5, σ* = 0.06']
+  assert len({of['by_rate']['0.01'] for of in found['0.9'].values()}) == 5  # All different.
   for of in found['0.9'].values():
     assert set(of['losses']) == {'200', '201'}
     assert set(of['by_rate']) == {'0.01', '0.02'}
@@ -212,8 +214,9 @@ def test_contestants_are_tuned_alike(convergence):
   at = lambda name: everyone[name].lane(problem, 3, 0.01, 0.0)
   assert at('measured_before')['alpha'] == at('measured_early')['alpha'] == values
   # Of the contestant that they stand beside, σ* and the momentum.
-  assert at('measured_early')['turn'] == at('earlier')['turn']
-  assert 'momentum' not in at('measured_early')
+  usual = at('spectral_newton')
+  assert at('measured_early') == usual | {'alpha': values}
+  assert at('measured_online')['momentum'] == usual['momentum'] == 0.9
   assert 'momentum' not in at('earlier')
   reversed_order = at('measured_early_reversed')['alpha']
   assert reversed_order == pytest.approx({p: 3.0 - a for p, a in values.items()})
