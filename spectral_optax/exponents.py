@@ -84,6 +84,12 @@ def _call_on_parameters(rule: Callable[[Any], Any], params: Any, name: str) -> A
     return rule
 
 
+def or_noise(alpha: Any, damping: Any) -> Any:
+  """The damping where there is noise to be had: "noise", if a user has said nothing of T."""
+  nothing_said = damping is None and isinstance(alpha, str) and alpha == 'default'
+  return 'noise' if nothing_said else damping
+
+
 def _is_noise(value: Any) -> bool:
   return isinstance(value, str) and value == 'noise'
 
@@ -196,6 +202,8 @@ def resolve(
     ValueError: an unknown string, a tree that does not match, a matrix without a
       value, a value that is no scalar. Names the parameter.
   """
+  if isinstance(damping, str) and damping == 'constant':
+    damping = None
   measured = isinstance(alpha, MeasuredAlpha)
   alpha = alpha.fallback if isinstance(alpha, MeasuredAlpha) else alpha
   named = alpha if isinstance(alpha, str) else None

@@ -131,6 +131,7 @@ def spectral_newton(
   """
   if adam_learning_rate is None:
     adam_learning_rate = learning_rate
+  damping = exponents.or_noise(alpha, damping)
 
   def parts(dimension_numbers, alphas, dampings, labels, places):
     matrix = optax.chain(

@@ -578,7 +578,7 @@ def scale_by_spectral_newton(
   average = scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
   transfer = scale_by_spectral_transfer(
     alpha,
-    damping,
+    exponents.or_noise(alpha, damping),
     normalize=normalize,
     solver=solver,
     tolerance=tolerance,
