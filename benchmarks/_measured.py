@@ -5,6 +5,7 @@ measured exponent of each layer whose fit is good, the default's of the others. 
 not reported.
 """
 
+import json
 from typing import Any
 
 import jax
@@ -19,9 +20,10 @@ EARLY = 50  # Steps before the second measurement, or as many as are advanced at
 
 
 def network(problem: Problem) -> dict[str, Any]:
-  """What a measurement belongs to."""
+  """What a measurement belongs to, as JSON gives it back: of lists, without tuples."""
   task = problem.task
-  return {'network': task.network, 'data': task.data, 'options': dict(task.options)}
+  found = {'network': task.network, 'data': task.data, 'options': dict(task.options)}
+  return json.loads(json.dumps(found))
 
 
 def measure(problem: Problem, build: Build, lane: Any, progress: bool = False) -> dict[str, Any]:

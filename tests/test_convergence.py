@@ -243,6 +243,19 @@ def test_contestants_are_tuned_alike(convergence):
   assert another['shampoo'].can_run(resnet)
 
 
+def test_what_was_measured_is_known_again_from_a_file(convergence):
+  """Of every network; VGG's plan is a tuple, and JSON has none."""
+  problems = convergence._problems
+  arrays = {'train_x': np.zeros((1, 1, 28, 28), np.uint8), 'train_y': np.array([9], np.uint8)}
+  arrays |= {'train': np.arange(200, dtype=np.uint8)}
+  for name, task in problems.TASKS.items():
+    problem = problems.Problem(task, arrays, together=False)
+    found = {'alpha': dict.fromkeys(problem.matrices, 1.7), 'gamma': {}}
+    network = convergence._measured.network(problem)
+    kept = json.loads(json.dumps({name: {'network': network, 'before': found, 'early': found}}))
+    assert convergence._contestants.contestants(kept)['measured_early'].can_run(problem), name
+
+
 def test_measured_before_training_and_online(small, tmp_path, monkeypatch):
   monkeypatch.setattr(small._measured, 'EARLY', 16)
   measured = tmp_path / 'measured.json'
