@@ -149,7 +149,7 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
 
 
 def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation:
-  """Ours, with the exponent measured as it trains, and the default's σ*."""
+  """Ours, with the exponent measured as it trains, and the σ* of constant damping."""
   rule = spectral_optax.measured_alpha(every=problem.task.every, top_k=8)
   turns = {
     path: exponents.Turn.of(*exponents.default_exponents(kind))
@@ -555,8 +555,8 @@ def _alpha_and_turn(pairs: Mapping[str, tuple[float, float]]) -> Lane:
   }
 
 
-def default_numbers(problem: Problem, seed: int, knob: float) -> Lane:
-  """What a user gets who says nothing."""
+def constant_numbers(problem: Problem, seed: int, knob: float) -> Lane:
+  """What a user gets who says `damping="constant"`."""
   pairs = {p: exponents.default_exponents(t) for p, t in problem.types.items()}
   return _alpha_and_turn(pairs) | {'momentum': DEFAULT_MOMENTUM}
 
@@ -640,9 +640,15 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
     Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 2),
     Contestant(
       'spectral_newton',
+      'noise',
+      'Spectral Newton, defaults: α = 1.5, σ* from the noise',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+    ),
+    Contestant(
+      'constant',
       'spectral_newton',
-      'Spectral Newton, defaults',
-      numbers=default_numbers,
+      'Spectral Newton, constant damping',
+      numbers=constant_numbers,
     ),
     Contestant(
       'earlier',
@@ -669,13 +675,7 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'spectral_newton',
       'Spectral Newton, α = 1.5, σ* = 0.04 in every layer',
       numbers=lambda *_: {'alpha': 1.5, 'turn': 0.04, 'momentum': DEFAULT_MOMENTUM},
-      possible=lambda problem: 'conv' in problem.types.values(),  # Elsewhere, the defaults.
-    ),
-    Contestant(
-      'noise',
-      'noise',
-      'Spectral Newton, α = 1.5, σ* from the noise',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      possible=lambda problem: 'conv' in problem.types.values(),  # Elsewhere, 'constant'.
     ),
     Contestant(
       'published',
@@ -732,10 +732,10 @@ def _of_measured(measured: Measured) -> Iterable[Contestant]:
 
   def numbers(form: str, order: str) -> Callable[[Problem, int, float], Lane]:
     def made(problem: Problem, seed: int, knob: float) -> Lane:
-      # Beside the defaults: σ* and the momentum stay, as where a user gives α alone.
+      # Beside 'constant': σ* and the momentum stay, as where a user gives α alone.
       alphas = measured[problem.task.name][form]['alpha']
       alphas = {path: alphas[path] for path in problem.matrices}
-      usual = default_numbers(problem, seed, knob)
+      usual = constant_numbers(problem, seed, knob)
       return usual | {'alpha': compact(arranged(alphas, order, seed))}
 
     return made
@@ -782,9 +782,9 @@ NOTES = (
   ' 5 steps.',
   'α measured before training: on one seed that is not reported, of a fresh network, and after 50'
   ' steps (or 60); the default where a fit is poor. Of the fresh transformer no fit is good, so'
-  ' that this contestant is the defaults there. Online: every 25 or 30 steps, 8 directions, on the'
-  ' whole batch. σ* is that of the defaults in all of these, which have no second knob, and so'
-  ' twice as many learning rates.',
+  ' that this contestant is "constant damping" there. Online: every 25 or 30 steps, 8 directions,'
+  ' on the whole batch. σ* is that of constant damping in all of these, which have no second knob,'
+  ' and so twice as many learning rates.',
 )
 
 # ---------------------------------------------------------------------------------

@@ -313,11 +313,12 @@ def cost_note(content: Mapping[str, Any]) -> str:
 
 BEGIN = '<!-- convergence: from here on made by benchmarks/convergence.py --report -->'
 END = '<!-- convergence: to here -->'
-SHOWN = ('adamw', 'muon', 'spectral_newton', 'earlier', 'noise', 'shampoo', 'soap', 'kfac')
+SHOWN = ('adamw', 'muon', 'spectral_newton', 'constant', 'shampoo', 'soap', 'kfac')
 NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normalisation',
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
 DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
 SPECTRAL = ('spectral_newton', 'measured_online', 'noise')  # Programs that are ours.
+ROLLFAST = ('contramuon', 'normuon', 'contranormuon', 'aurora', 'aurora_0.9', 'prism', 'psgd_kron')
 
 
 def readme_part(content: Mapping[str, Any]) -> str:
@@ -325,8 +326,7 @@ def readme_part(content: Mapping[str, Any]) -> str:
   tasks = {name: (task, summary(task)) for name, task in content['tasks'].items()}
   heads = {
     'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
-    'earlier': 'σ* = 0.06, momentum 0.95', 'noise': 'σ* from the noise',
-    'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
+    'constant': 'constant damping', 'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
   }  # fmt: skip
   there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
 
@@ -339,7 +339,11 @@ def readme_part(content: Mapping[str, Any]) -> str:
     if 'muon' not in rows:
       continue
     alone = {n: r for n, r in rows.items() if n not in SHOWN}
-    ours = {n: r for n, r in alone.items() if task['contestants'][n]['program'] in SPECTRAL}
+    of = lambda programs, alone=alone, task=task: [
+      both(n) + f' ({of_name(r["what"])})'
+      for n, r in alone.items()
+      if task['contestants'][n]['program'] in programs
+    ]
     least = min(rows, key=lambda n: _or_last(rows[n]['test_loss'][0]))
     most = max(rows, key=lambda n: rows[n]['test_accuracy'][0])
 
@@ -349,16 +353,14 @@ def readme_part(content: Mapping[str, Any]) -> str:
       return f'{loss}; {f"**{right}**" if name == most else right} %'
 
     cells = [both(n) if n in rows else '' for n in there]
-    said = ''
-    if ours:
-      other = next(iter(ours))
-      said = f'{both(other)} ({of_name(ours[other]["what"])})'
-    losses.append([label(task), *cells, said])
+    # The rows are in order, the best first.
+    others = [next(iter(of(programs)), '') for programs in (ROLLFAST, SPECTRAL)]
+    losses.append([label(task), *cells, *others])
     targets.append([label(task), *(three(rows[n]) if n in rows else '' for n in there)])
   titles = [heads[n] for n in there]
   return '\n\n'.join(
     [
-      table(['task, steps', *titles, 'the best other α of ours'], losses),
+      table(['task, steps', *titles, 'the best of rollfast', 'the best other α of ours'], losses),
       "To Muon's final mean validation loss: steps; milliseconds of a step; seconds (one network on"
       ' two CPU cores, the curves as above); 10⁹ FLOPs. Where runs do not get there, they count'
       ' in full, and in brackets is how many do.',

@@ -164,7 +164,8 @@ def contestants(specs: Any, mesh: Any) -> dict[str, optax.GradientTransformation
     'adamw': optax.adamw(1e-3),
     'muon': optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers),
     'spectral_newton': newton(),
-    'spectral_newton, left to XLA': newton(work_axes=()),
+    'constant damping': newton(damping='constant'),
+    'constant damping, left to XLA': newton(damping='constant', work_axes=()),
   }
 
 

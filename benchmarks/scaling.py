@@ -46,7 +46,7 @@ def measure(count: int, args: argparse.Namespace) -> dict[str, Any]:
   mesh = jax.sharding.Mesh(
     np.array(jax.devices()[:count]), ('fsdp',), axis_types=(AxisType.Explicit,)
   )
-  tx = spectral_optax.scale_by_spectral_newton(solver=args.solver)
+  tx = spectral_optax.scale_by_spectral_newton(damping='constant', solver=args.solver)
   with jax.set_mesh(mesh):
     place = lambda x: jax.device_put(x, NamedSharding(mesh, P('fsdp')))
     rng = np.random.default_rng(0)

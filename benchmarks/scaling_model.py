@@ -73,8 +73,8 @@ def main() -> None:
   compiled = {}
   if results.is_file():
     for record in json.loads(results.read_text('utf-8')).values():
-      if record['size']['width'] == WIDTH and 'spectral_newton' in record['contestants']:
-        of = record['contestants']['spectral_newton']['optimizer']
+      if record['size']['width'] == WIDTH and 'constant damping' in record['contestants']:
+        of = record['contestants']['constant damping']['optimizer']
         compiled[tuple(record['mesh'].values())] = of['flops'], sum(of['bytes_sent'].values())
   columns = ['chips', 'fsdp x tp', 'deal x split', 'GFLOP', 'compiled', 'MB sent', 'compiled']
   columns += ['x Muon, ideally divided', 'share of 1 M tokens', 'of 4 M']

@@ -96,7 +96,7 @@ def all_contestants() -> list[Contestant]:
     Contestant('muon', muon),
     Contestant('muon_aol', functools.partial(muon, preconditioning='aol', ns_steps=4)),
     Contestant('defaults', spectral_optax.spectral_newton),
-    Contestant('noise', functools.partial(spectral_optax.spectral_newton, damping='noise')),
+    Contestant('constant', functools.partial(spectral_optax.spectral_newton, damping='constant')),
     *spectral_newtons(),
   ]
 

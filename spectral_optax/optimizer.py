@@ -56,7 +56,7 @@ def spectral_newton(
     learning_rate: A number, traced or not, or a schedule. Start with AdamW's.
     alpha: The curvature exponent α ≥ 0 (not a learning rate). One of
 
-      - ``"default"``: 2 for convolutions, 1.5 for every other matrix;
+      - ``"default"``: 1.5; at constant damping 2 for convolutions;
       - ``"layer_type"``: the published means, `spectral_optax.PUBLISHED_ALPHA`;
       - a number, traced or not, or an optax schedule;
       - a tree of those, or a prefix of one, or a flat dict by parameter path; a leaf
@@ -64,17 +64,19 @@ def spectral_newton(
       - a callable that takes the parameters (their shapes) and gives such a tree;
       - `measured_alpha()`: from the curvature of the loss, along the training. `update`
         then needs ``value_fn=loss_fn``, a function of the parameters.
-    damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or None for the one that
-      goes with α: 0.1 for ``"layer_type"``, as published; else 0.1 at α = 2 for
-      convolutions and 0.008 at α = 1.5 for other matrices, and at any other α the d
-      with the same turning point d^(1/α). ``"noise"``, also as a leaf of a tree, is a
-      damping that sets itself: U T(Σ) Vᵀ becomes G f(GᵀG + NᵀN / m), m the longer side, N a
-      tree with as much noise in it as the momentum has (of the gradients minus their average,
-      `noise_in_momentum`; ``update(..., noise=N)`` has one of its own), so that T turns
-      over, direction by direction, where noise leaves σ in doubt; where there is none, at
-      0.01 (of a smaller side of more than 871, at 0.00034 of its root). `alpha`'s
-      ``"default"`` is 1.5 in every layer then. What the state says of a spectrum has the
-      noise in it.
+    damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or one of
+
+      - None: ``"noise"`` where `alpha` is ``"default"``, else ``"constant"``;
+      - ``"noise"``, also as a leaf of a tree: it sets itself. U T(Σ) Vᵀ becomes
+        G f(GᵀG + NᵀN / m), m the longer side, N a tree with as much noise in it as the
+        momentum has (of the gradients minus their average, `noise_in_momentum`;
+        ``update(..., noise=N)`` has one of its own), so that T turns over, direction by
+        direction, where noise leaves σ in doubt; where there is none, at 0.01 (of a
+        smaller side of more than 871, at 0.00034 of its root). What the state says of a
+        spectrum has the noise in it;
+      - ``"constant"``: the one that goes with α: 0.1 for ``"layer_type"``, as published;
+        else 0.1 at α = 2 for convolutions and 0.008 at α = 1.5 for other matrices, and at
+        any other α the d with the same turning point d^(1/α).
     momentum: Decay of the running average of the gradients.
     nesterov: Whether the average looks one step ahead.
     mu_dtype: Data type of the averages (also AdamW's first moment); None for the
@@ -131,7 +133,7 @@ def spectral_newton(
   """
   if adam_learning_rate is None:
     adam_learning_rate = learning_rate
-  damping = exponents.or_noise(alpha, damping)
+  damping = exponents.default_damping(alpha, damping)
 
   def parts(dimension_numbers, alphas, dampings, labels, places):
     matrix = optax.chain(

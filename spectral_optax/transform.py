@@ -227,8 +227,9 @@ def scale_by_spectral_transfer(
 
   Args:
     alpha: Curvature exponent α ≥ 0; see `spectral_newton`.
-    damping: d ≥ 0, or "noise"; see `spectral_newton`. `update` of the latter needs ``noise=N``, a
-      tree like the updates (or a function that gives it) with as much noise in it as they have.
+    damping: d ≥ 0, "constant", "noise", or None, which is "constant" here whatever `alpha` is; see
+      `spectral_newton`. `update` with "noise" needs ``noise=N``, a tree like the updates (or a
+      function that gives it) with as much noise in it as they have.
     normalize: What σ is divided by first; see `apply_transfer`.
     solver: See `apply_transfer`.
     tolerance: See `apply_transfer`.
@@ -555,7 +556,7 @@ def scale_by_spectral_newton(
 
   Args:
     alpha: Curvature exponent α ≥ 0; see `spectral_newton`.
-    damping: d ≥ 0, or "noise"; see `spectral_newton`.
+    damping: d ≥ 0, "constant" or "noise"; see `spectral_newton`.
     momentum: See `scale_by_momentum`.
     nesterov: See `scale_by_momentum`.
     mu_dtype: See `scale_by_momentum`.
@@ -578,7 +579,7 @@ def scale_by_spectral_newton(
   average = scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
   transfer = scale_by_spectral_transfer(
     alpha,
-    exponents.or_noise(alpha, damping),
+    exponents.default_damping(alpha, damping),
     normalize=normalize,
     solver=solver,
     tolerance=tolerance,

@@ -52,8 +52,7 @@ def test_a_run_leaves_all_and_goes_on_where_it_was(small, tmp_path, capsys, monk
   small.main(command)
   # Fourteen trials on two seeds each, and two seeds that are reported: these see test data.
   assert batches == [
-    ('muon', 28, False), ('muon', 2, True), ('spectral_newton', 28, False),
-    ('spectral_newton', 2, True),
+    ('muon', 28, False), ('muon', 2, True), ('noise', 28, False), ('noise', 2, True),
   ]  # fmt: skip
   content = json.loads(output.read_text())
   found = content['tasks']['mlp-digits']['contestants']
@@ -160,7 +159,7 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
     assert float(jnp.sqrt(jnp.mean(updates[path] ** 2))) == pytest.approx(0.2 * rate, rel=1e-3)
 
 
-@pytest.mark.parametrize('name', ['spectral_newton', 'noise'])
+@pytest.mark.parametrize('name', ['spectral_newton', 'constant'])
 def test_contestants_of_defaults_are_what_a_user_gets(convergence, name):
   """Three steps of different gradients, beside `spectral_newton(rate)`."""
   problems, contestants = convergence._problems, convergence._contestants
@@ -172,12 +171,12 @@ def test_contestants_of_defaults_are_what_a_user_gets(convergence, name):
   params = {p: jnp.ones(x.shape) for p, x in problem.shapes.items()}
   library = contestants.spectral_optax.spectral_newton(
     contestants.schedule(problem, lane),
-    damping='noise' if name == 'noise' else None,
+    damping='constant' if name == 'constant' else None,
     weight_decay=contestants.WEIGHT_DECAY,
     solver='polynomial',
     tolerance=contestants.TOLERANCE,
   )
-  ours = getattr(contestants, name)(problem, lane)
+  ours = contestants.PROGRAMS[everyone[name].program].build(problem, lane)
   states = ours.init(params), library.init(params)
   for step in range(3):
     key = jax.random.key(step)
@@ -214,9 +213,10 @@ def test_contestants_are_tuned_alike(convergence):
   at = lambda name: everyone[name].lane(problem, 3, 0.01, 0.0)
   assert at('measured_before')['alpha'] == at('measured_early')['alpha'] == values
   # Of the contestant that they stand beside, σ* and the momentum.
-  usual = at('spectral_newton')
+  usual = at('constant')
   assert at('measured_early') == usual | {'alpha': values}
-  assert at('measured_online')['momentum'] == usual['momentum'] == 0.9
+  assert at('measured_online')['momentum'] == at('spectral_newton')['momentum'] == 0.9
+  assert usual['momentum'] == 0.9
   assert 'momentum' not in at('earlier')
   reversed_order = at('measured_early_reversed')['alpha']
   assert reversed_order == pytest.approx({p: 3.0 - a for p, a in values.items()})

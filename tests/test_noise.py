@@ -105,6 +105,35 @@ def test_the_exponent_may_be_named():
     np.testing.assert_allclose(found[name], expected(name, alpha=1.2), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize('build', ['scale_by_spectral_newton', 'spectral_newton'])
+def test_it_is_the_default_of_who_says_nothing_of_the_transfer(build):
+  first = () if build == 'scale_by_spectral_newton' else (1.0,)
+  make = functools.partial(getattr(spectral_optax, build), *first, solver='svd')
+  run = lambda **how: trained(make(**how), gradients())
+  found, state = run()
+  noisy, _ = run(alpha=1.5, damping='noise')
+  jax.tree.map(np.testing.assert_array_equal, found, noisy)
+  assert {float(a) for a in optax.tree.get(state, 'alpha').values()} == {1.5}
+
+  # At constant damping, as the transfer alone has it, and where an exponent is named.
+  found, state = run(damping='constant')
+  alphas = {p: float(a) for p, a in optax.tree.get(state, 'alpha').items()}
+  assert alphas == {p: 2.0 if 'conv' in p else 1.5 for p in alphas}
+  table, _ = run(
+    alpha={'': 1.5, 'conv': 2.0}, damping={'': np.float32(0.008), 'conv': np.float32(0.1)}
+  )
+  named, _ = run(alpha={'': 1.5, 'conv': 2.0})
+  alone = spectral_optax.scale_by_spectral_transfer()
+  dampings = optax.tree.get(alone.init(gradients()[0]), 'damping')
+  assert {p: float(d) for p, d in dampings.items()} == {
+    p: pytest.approx(0.1 if 'conv' in p else 0.008) for p in alphas
+  }
+  for name in SHAPES:
+    for other in (table, named):
+      np.testing.assert_allclose(found[name], other[name], rtol=0, atol=ROUNDING)
+    assert not np.allclose(found[name], noisy[name], rtol=0, atol=1e-3)
+
+
 def test_who_knows_the_noise_may_say_it():
   g, nothing = gradients()[0], jax.tree.map(jnp.zeros_like, gradients()[0])
   noisy = spectral_optax.spectral_newton(1.0, 1.5, 'noise', solver='svd')

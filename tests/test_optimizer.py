@@ -419,7 +419,7 @@ def test_preconditioner_before_and_normalisation_after():
 
 def test_state_says_what_is_known_of_the_spectrum():
   params, grads = mixed_params(), random_like(mixed_params())
-  tx = spectral_optax.spectral_newton(0.1, momentum=0.0)
+  tx = spectral_optax.spectral_newton(0.1, damping='constant', momentum=0.0)
   state = tx.init(params)
   update = jax.jit(tx.update)
   for _ in range(15):
@@ -810,7 +810,7 @@ def test_errors_at_construction(which, arguments, message):
     ({'alpha': {'': 2.0, 'head': 'big'}}, ValueError, "alpha of 'head/kernel'.*'big'"),
     ({'alpha': 'by_type'}, ValueError, "'by_type'"),
     ({'alpha': lambda p: p['no such layer']}, ValueError, 'neither a rule.*nor a schedule'),
-    ({'solver': 'cholesky'}, ValueError, r"got alpha = 1.5 for 'Dense_0/kernel' with shape"),
+    ({'solver': 'cholesky'}, ValueError, r"got alpha = 1.5 for 'Conv_0/kernel' with shape"),
     ({'alpha': lambda count: 2.0 + 0 * count, 'solver': 'cholesky'}, ValueError,
      "alpha = 2 alone.*for 'Conv_0/kernel'"),
     ({'weight_dimension_numbers': {'Conv_0': {'kernel': MuonDimensionNumbers(4, 3)}}},

@@ -300,7 +300,7 @@ def test_without_libtpu_it_says_so(tpu_compile, monkeypatch, capsys):
 
 def test_slow_solvers_are_asked_for(tpu_compile):
   usual = tpu_compile.chosen_contestants([])
-  assert {'muon', 'muon_aol', 'auto alpha=default', 'rational alpha=1.2'} <= usual.keys()
+  assert {'muon', 'muon_aol', 'defaults', 'constant', 'rational alpha=1.2'} <= usual.keys()
   assert not any(name.startswith(tpu_compile.SLOW_TO_COMPILE) for name in usual)
   assert tpu_compile.chosen_contestants(['gram alpha=2']).keys() == {'muon', 'gram alpha=2'}
   assert tpu_compile.chosen_sets([]).keys() == {'resnet18', 'gpt2_12'}
@@ -319,7 +319,7 @@ def test_counting_compiles_nothing(tpu_compile, capsys, monkeypatch):
 
 def test_noise_is_worked_on_in_bfloat16_too(tpu_compile, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  chosen = ['auto alpha=default', 'noise']
+  chosen = ['constant', 'defaults']
   counts = tpu_compile.main(['--count', '--sets', 'tiny', '--contestants', *chosen])
-  # One more Gram matrix, and a few more steps to a turning point at a quarter of the default's.
-  assert 1.1 < counts['tiny']['noise'] / counts['tiny']['auto alpha=default'] < 1.6
+  # One more Gram matrix, and a few more steps to a turning point at a quarter of the constant one.
+  assert 1.1 < counts['tiny']['defaults'] / counts['tiny']['constant'] < 1.6
