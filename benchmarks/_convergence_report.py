@@ -123,7 +123,7 @@ def plus_minus(pair: tuple[float, float] | None, digits: int, sign: str = '') ->
 
 def contestants_table(task: Mapping[str, Any]) -> str:
   """Of one task, the best first."""
-  columns = ['', 'test loss', '- AdamW', '- Muon', 'accuracy %', '- AdamW', '- Muon']
+  columns = ['', 'seeds', 'test loss', '- AdamW', '- Muon', 'accuracy %', '- AdamW', '- Muon']
   columns += ['training loss at the end', 'steps to Muon', 'ms a step', 's to Muon']
   columns += ['GFLOP to Muon', 'rate', 'knob']
   rows = []
@@ -138,6 +138,7 @@ def contestants_table(task: Mapping[str, Any]) -> str:
     rows.append(
       [
         row['what'],
+        f'{row["seeds"]}',
         plus_minus(row['test_loss'], 4),
         *(plus_minus(row.get(f'minus_{other}'), 4, '+') for other in COMPARED_WITH),
         plus_minus(percent(row['test_accuracy']), 2),
@@ -256,11 +257,10 @@ def markdown(content: Mapping[str, Any]) -> str:
       f' {of["batch_size"]}.\n'
     )
     if any(c['runs'] for c in task['contestants'].values()):
-      seeds = max(len(c['runs']) for c in task['contestants'].values())
       parts.append(contestants_table(task) + '\n')
       parts.append(
-        f'{seeds} seeds; mean ± half of the 95 % interval; differences seed by seed. Steps to'
-        ' the mean validation loss that Muon ends with; runs that do not get there'
+        'Mean ± half of the 95 % interval; differences seed by seed, of those that both have. Steps'
+        ' to the mean validation loss that Muon ends with; runs that do not get there'
         f' count in full.{trained_on(task)}\n'
       )
     maps, paths = maps_of(task), paths_of(task)
@@ -440,9 +440,13 @@ def grid(cells: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], 
 
 def map_figure(maps: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> Figure:
   """A heat map for each (cells, references); red is where Muon's loss is, at its best rate."""
-  figure = Figure(figsize=(5.2 * len(maps), 4.6), dpi=120, layout='constrained')
-  panels = figure.subplots(1, len(maps), squeeze=False)[0]
-  for axes, (name, (cells, references)) in zip(panels, maps.items(), strict=True):
+  columns = min(3, len(maps))
+  rows = -(-len(maps) // columns)
+  figure = Figure(figsize=(5.2 * columns, 4.6 * rows), dpi=120, layout='constrained')
+  panels = figure.subplots(rows, columns, squeeze=False).ravel()
+  for axes in panels[len(maps) :]:
+    axes.set_axis_off()
+  for axes, (name, (cells, references)) in zip(panels, maps.items(), strict=False):
     alphas, turns, losses = grid(cells)
     finite = losses[np.isfinite(losses)]
     low, high = finite.min(), np.quantile(finite, 0.8)

@@ -40,7 +40,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 from reporting import environment, write_json
 from tqdm import tqdm
-from train_vision import OPTIMIZERS, alpha_value, as_pure, named_rate
+from train_vision import OPTIMIZERS, alpha_value, as_pure, damping_value, named_rate
 from vision_plot import COLOURS, GREY, PLAIN, STYLE, smooth
 
 import spectral_optax
@@ -109,7 +109,7 @@ class OptimizerSettings:
   steps: int
   weight_decay: float = WEIGHT_DECAY
   alpha: float | str = 'default'
-  damping: float | None = None
+  damping: float | str | None = None
   measure_every: int = 100
 
 
@@ -314,7 +314,7 @@ def _plot_losses(axes: Any, report: dict[str, Any]) -> None:
 
 
 def _plot_spectra(figure: Any, found: dict[str, list[dict[str, Any]]]) -> None:
-  figure.suptitle('Momentum at the end, one line a layer: σ and T(σ)', fontsize=13)
+  figure.suptitle('Momentum at the end, one line a layer: σ, and T(σ) without noise', fontsize=13)
   wanted = ('query', 'value', 'out', 'up', 'down', 'head')
   names = [next(path for path in found if path.split('/')[-2] == name) for name in wanted]
   panels = figure.subplots(2, 3, sharey=True)
@@ -472,7 +472,8 @@ def make_parser() -> argparse.ArgumentParser:
     default='default',
     help='number, "default", "layer_type" or "measured"',
   )
-  add('--damping', type=float, help='number; default: what goes with alpha')
+  damping_help = 'number, "noise" or "constant"; default: what goes with alpha'
+  add('--damping', type=damping_value, help=damping_help)
   add('--measure-every', type=int, default=100, help='steps, with --alpha measured, %(default)s')
   add('--output', type=pathlib.Path, help='PNG or JSON; default runs/language_model')
   add('--quiet', action='store_true', help='no progress bar')

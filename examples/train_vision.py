@@ -157,7 +157,7 @@ class OptimizerSettings:
   steps: int
   weight_decay: float = WEIGHT_DECAY
   alpha: float | str = 'default'
-  damping: float | None = None
+  damping: float | str | None = None
   solver: str = 'auto'
   update_rms: float = 0.2
   tolerance: float | None = None
@@ -633,6 +633,10 @@ def alpha_value(text: str) -> float | str:
   return text if text in ('default', 'layer_type', 'measured') else float(text)
 
 
+def damping_value(text: str) -> float | str:
+  return text if text in ('noise', 'constant') else float(text)
+
+
 def named_rate(text: str) -> tuple[str, float]:
   name, _, rate = text.partition('=')
   if name not in OPTIMIZERS:
@@ -677,7 +681,8 @@ def make_parser() -> argparse.ArgumentParser:
     default='default',
     help='number, "default", "layer_type" or "measured"',
   )
-  add('--damping', type=float, help='number; default: what goes with alpha')
+  damping_help = 'number, "noise" or "constant"; default: what goes with alpha'
+  add('--damping', type=damping_value, help=damping_help)
   choices = ('auto', *solvers.SOLVERS)
   add('--solver', default='auto', choices=choices, help='cholesky: with --alpha 2 alone')
   add('--tolerance', type=float, help="of approximate solvers; default the library's")

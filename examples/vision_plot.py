@@ -96,7 +96,7 @@ def _losses(axes: Axes, report: Mapping[str, Any], titles: Mapping[str, str]) ->
 
 
 def _spectra(figure: SubFigure, spectra: Mapping[str, Any], layers: list[str]) -> None:
-  figure.suptitle('Momentum at the end: singular values, and what T makes of them', fontsize=13)
+  figure.suptitle('Momentum at the end: singular values, and T of them without noise', fontsize=13)
   panels = figure.subplots(2, 3, sharey=True)
   for axes in panels.flat[len(layers) :]:
     axes.set_visible(False)

@@ -402,6 +402,8 @@ def test_what_the_readme_says(convergence, tmp_path):
     'spectral_newton': entry('spectral_newton', cost(4.0), run(0, 0.2), run(1, 0.2)),
     'falling': entry('spectral_newton', cost(4.0), run(0, 0.3, 0.75), run(1, 0.3, 0.7)),
     'adamw': entry('adamw', None, run(0, 3.0), run(1, 3.0)),
+    'prism': entry('prism', None, run(0, 4.0), run(1, 4.0)),
+    'aurora': entry('aurora', None, run(0, 2.0), run(1, 2.0)),
   }
   task = {'task': of, 'contestants': contestants, 'cells': [], 'references': {}}
   content = {'tasks': {'mlp-digits': task}, 'notes': ['A note.']}
@@ -423,20 +425,35 @@ def test_what_the_readme_says(convergence, tmp_path):
   assert once.endswith('\nafter\n')
   assert '\nold\n' not in once
   assert '**.200 ± .000**; 50.0 %' in once
-  assert '.300 ± .000; **72.5** % (spectral_newton)' in once
+  assert '| 2.000 ± .000; 50.0 % (aurora) | .300 ± .000; **72.5** % (spectral_newton) |' in once
   assert '15; 4.00 ms; 0.0600 s; 15.0' in once
   assert 'never' in once
   text = report.markdown(content)
   assert '- A note.' in text
   # More accurate by .25 and .2.
   (row,) = (line for line in text.splitlines() if '72.50' in line)
-  assert row.split(' | ')[1:4] == ['0.3000 ± 0.0000', '-2.7000 ± 0.0000', '-0.8000 ± 1.2706']
-  percent = [cell.split(' ±')[0] for cell in row.split(' | ')[4:8]]
+  losses = ['0.3000 ± 0.0000', '-2.7000 ± 0.0000', '-0.8000 ± 1.2706']
+  assert row.split(' | ')[1:5] == ['2', *losses]
+  percent = [cell.split(' ±')[0] for cell in row.split(' | ')[5:9]]
   assert percent == ['72.50', '+22.50', '+22.50', '0.1500']
   assert '| 15 | 4.00 | 0.0600 | 15.0 |' in text
   # The project's own has the marks.
   readme = (BENCHMARKS.parent / 'README.md').read_text('utf-8')
   assert readme.count(report.BEGIN) == readme.count(report.END) == 1
+
+
+def test_every_map_is_drawn(convergence):
+  cells = [
+    {'alpha': a, 'turn': t, 'losses': {'200': a + t}} for a in (1.0, 1.5) for t in (0.1, 0.3)
+  ]
+  maps = {f'map {i}': (cells, {}) for i in range(4)}
+  figure = convergence._convergence_report.map_figure(maps)
+  drawn = [axes for axes in figure.axes if axes.images]
+  assert [axes.get_title().split(':')[0] for axes in drawn] == list(maps)
+  for axes in drawn:
+    np.testing.assert_allclose(axes.images[0].get_array(), [[1.1, 1.3], [1.6, 1.8]])
+  # In two rows of three; what is left over is empty.
+  assert sum(not axes.axison for axes in figure.axes) == 2
 
 
 @pytest.mark.parametrize(
