@@ -172,7 +172,7 @@ def noise(problem: Problem, lane: Any, *, any_alpha: bool = False) -> optax.Grad
   by_path = {path: lane['alpha'][i] for i, path in enumerate(problem.matrices)}
   return spectral_optax.spectral_newton(
     schedule(problem, lane),
-    **({'alpha': by_path} if any_alpha else {}),
+    alpha=by_path if any_alpha else 'default',
     damping='noise',
     momentum=lane['momentum'],
     solver='polynomial',

@@ -298,7 +298,9 @@ def cost_note(content: Mapping[str, Any]) -> str:
   backends = ', '.join(sorted({cost['backend'] for cost in costs}))
   return (
     f'Milliseconds: median of a whole training step of one network ({backends}, two cores, JAX'
-    f' {versions}), contestants in turns, what is done every few steps at its share; where one was'
+    f' {versions}), contestants in turns, what is done every few steps at its share. A package that'
+    " needs another version of JAX was timed beside AdamW there: its time is AdamW's here and what"
+    ' it takes beyond that. Where one was'
     ' not timed, that of one with the same program, and an α that moves or does not like its own.'
     ' Seconds: these times the steps, whatever machine the curves come from. FLOPs: products and'
     ' convolutions as written, forward, backward and update; ">" where decompositions or a loop'

@@ -368,6 +368,17 @@ def test_the_price_of_a_step(small, tmp_path, monkeypatch):
   assert of('dynmuon') == {'flops': 1.0, 'of': 'falling'}
   assert of('alpha_2') is None
   assert of('adamw') is None
+  # In another process, with another JAX: what a step takes beyond AdamW's there, and AdamW's here.
+  here, there = {'milliseconds': 5.0, 'flops': 1.0}, {'milliseconds': 9.0, 'beyond_base': 2.0}
+  known = {'adamw': here, 'sgd': there, 'muon': {'milliseconds': 4.0}}
+  assert of('sgd')['milliseconds'] == 7
+  assert of('muon')['milliseconds'] == 4
+  (tmp_path / 'mlp-digits' / 'cost.json').write_text(json.dumps({'adamw': here}))
+  command = command.replace('sgd muon', 'sgd adamw')
+  small.main([*command.split(), '--output', str(tmp_path / 'c.json'), '--no-tables'])
+  cost = json.loads((tmp_path / 'mlp-digits' / 'cost.json').read_text())
+  assert cost['adamw'] == here
+  assert 'beyond_base' in cost['sgd']
   # What is done in every fourth step counts a quarter.
   matrix = jnp.ones([8, 8])
 

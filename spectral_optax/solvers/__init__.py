@@ -22,7 +22,6 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from spectral_optax.solvers import (
-  _symmetric,
   cholesky,
   gram,
   low_rank,
@@ -269,11 +268,6 @@ def _is_wide(matrix: jax.Array, split: Split = WHOLE, noisy: bool = False) -> bo
   return not split.axes and (rows < columns or (rows == columns and not noisy))
 
 
-# How often a Gram matrix is cut on a TPU, where products cost more than launches, and from which
-# side on.
-MIRRORED = 2, 512
-
-
 def _gram(matrix: jax.Array, wide: bool, half: bool = False) -> jax.Array:
   """GᵀG or G Gᵀ, of the smaller side; `half`: of G rounded to bfloat16, off a CPU."""
   equation = 'bij,bkj->bik' if wide else 'bji,bjk->bik'
@@ -286,14 +280,7 @@ def _gram(matrix: jax.Array, wide: bool, half: bool = False) -> jax.Array:
     x = x.astype(jnp.bfloat16)
     return multiply(x, x)
 
-  def without_mirrored(x):
-    """`rounded`, the blocks below the diagonal as those above it."""
-    cut = _symmetric.sizes(x.shape[-2 if wide else -1], *MIRRORED)
-    product = functools.partial(jnp.matmul, preferred_element_type=x.dtype)
-    of = _symmetric.outer if wide else _symmetric.inner
-    return _symmetric.join(of(x.astype(jnp.bfloat16), cut, product))
-
-  return jax.lax.platform_dependent(matrix, cpu=exact, tpu=without_mirrored, default=rounded)
+  return jax.lax.platform_dependent(matrix, cpu=exact, default=rounded)
 
 
 def _apply(matrix: jax.Array, f: jax.Array, wide: bool, half: bool = False) -> jax.Array:
