@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 import os
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -332,6 +334,34 @@ def test_what_jits_its_own_steps(small, tmp_path, monkeypatch):
   (theirs,), (ours,) = found['sgd']['runs'], found['kfac']['runs']
   assert ours['validation'] == pytest.approx(theirs['validation'], rel=1e-3)
   assert ours['test_loss'] == pytest.approx(theirs['test_loss'], rel=1e-3)
+
+
+def test_another_width(convergence, capsys):
+  usual = convergence.parse(['--tasks', 'gpt-bytes', '--report']).chosen_tasks[0]
+  wider = convergence.parse(['--tasks', 'gpt-bytes', '--width', '160', '--report']).chosen_tasks[0]
+  assert wider.options == {**usual.options, 'width': 160}
+  assert wider.weight == 7 * usual.weight  # 2.5² times the numbers in a matrix.
+  with pytest.raises(SystemExit):
+    convergence.parse(['--tasks', 'vgg-fashion', '--width', '160', '--report'])
+  assert 'vgg-fashion has no width' in capsys.readouterr().err
+
+
+def test_rollfast_is_given_the_lanes_momentum(convergence, monkeypatch):
+  contestants, problems = convergence._contestants, convergence._problems
+  problem = problems.Problem(problems.TASKS['mlp-digits'], problems.load('digits'), together=False)
+  given = []
+
+  def make(**how):
+    given.append(how)
+    return contestants.optax.sgd(how['learning_rate'])
+
+  package = types.SimpleNamespace(normuon=make, prism=make, aurora=make, kron=make)
+  monkeypatch.setitem(sys.modules, 'rollfast', package)
+  lane = {'rate': 0.1, 'momentum': 0.9}
+  for name in ('normuon', 'prism', 'aurora', 'aurora_0.9', 'psgd_kron'):
+    contestants.PROGRAMS[name].build(problem, lane)
+  momenta = [{k: v for k, v in how.items() if k in ('b1', 'beta1')} for how in given]
+  assert momenta == [{'beta1': 0.9}, {'b1': 0.9}, {}, {'b1': 0.9}, {}]
 
 
 def test_shampoo_of_2022_finds_its_jax(convergence):
