@@ -91,6 +91,10 @@ def default_damping(alpha: Any, damping: Any) -> Any:
   return 'noise' if nothing_said else damping
 
 
+def _is_constant(value: Any) -> bool:
+  return isinstance(value, str) and value == 'constant'
+
+
 def _is_noise(value: Any) -> bool:
   return isinstance(value, str) and value == 'noise'
 
@@ -99,7 +103,7 @@ def _entries(value: Any, params: Any, name: str) -> dict[str, Any]:
   """The user's value by parameter path: one number is a prefix of everything."""
   may_be_noise = name == 'damping'
   if isinstance(value, str) and not (may_be_noise and _is_noise(value)):
-    named = ' "noise",' if may_be_noise else ''
+    named = ' "noise", "constant",' if may_be_noise else ''
     raise ValueError(
       f'{name} must be{named} a number, a schedule, a tree or a callable, got {value!r}.'
     )
@@ -119,8 +123,8 @@ def _check(value: Any, view: layout.MatrixView, name: str) -> Any:
   if isinstance(value, str | bytes) or not isinstance(
     value, int | float | np.ndarray | np.generic | jax.Array
   ):
-    or_noise = ', or "noise"' if name == 'damping' else ''
-    raise ValueError(f'{where} must be a number or a schedule{or_noise}, got {value!r}.')
+    words = ', "noise" or "constant"' if name == 'damping' else ''
+    raise ValueError(f'{where} must be a number or a schedule{words}, got {value!r}.')
   shape = np.shape(value)
   try:
     fits = np.broadcast_shapes(shape, view.batch_shape) == view.batch_shape
@@ -195,8 +199,8 @@ def resolve(
   Args:
     alpha: See `spectral_optax.spectral_newton`. A string other than "default" and
       "layer_type" is an error. Of a `MeasuredAlpha` its fallback is resolved.
-    damping: None or "constant" for the one that goes with α, "noise", or as `alpha`, where "noise"
-      may be a leaf.
+    damping: None or "constant" for the one that goes with α, "noise", or as `alpha`, where both
+      words may be leaves.
     params: The parameter tree, as it was when `views` were made.
     views: The matrices, by path.
 
@@ -204,19 +208,22 @@ def resolve(
     ValueError: an unknown string, a tree that does not match, a matrix without a
       value, a value that is no scalar. Names the parameter.
   """
-  if isinstance(damping, str) and damping == 'constant':
-    damping = None
   measured = isinstance(alpha, MeasuredAlpha)
   alpha = alpha.fallback if isinstance(alpha, MeasuredAlpha) else alpha
   named = alpha if isinstance(alpha, str) else None
+  if damping is None or _is_constant(damping):
+    dampings = dict.fromkeys(views, 'constant')
+  else:
+    dampings = _entries(damping, params, 'damping')
+  constant = [path for path in views if _is_constant(dampings.get(path))]
   # Only these look at layer types, which takes a walk over all names.
-  needs_types = named is not None or damping is None
-  types = layout.layer_types_by_path(params) if needs_types else {}
+  types = layout.layer_types_by_path(params) if named is not None or constant else {}
 
-  if named == 'default' and _is_noise(damping):
-    alphas = dict.fromkeys(views, NOISE_ALPHA)
-  elif named == 'default':
-    alphas = {p: default_exponents(types[p])[0] for p in views}
+  if named == 'default':
+    alphas = {
+      p: NOISE_ALPHA if _is_noise(dampings.get(p)) else default_exponents(types[p])[0]
+      for p in views
+    }
   elif named == 'layer_type':
     alphas = {p: _published_alpha(types[p]) for p in views}
   elif named is not None:
@@ -227,18 +234,15 @@ def resolve(
   else:
     alphas = _entries(alpha, params, 'alpha')
 
-  if damping is not None:
-    dampings = _entries(damping, params, 'damping')
-  elif measured:
-    dampings = {p: default_turn(types[p]) for p in views}
-  elif named == 'layer_type':
-    dampings = dict.fromkeys(views, PUBLISHED_DAMPING)
-  elif named == 'default':
-    dampings = {p: default_exponents(types[p])[1] for p in views}
-  else:
-    dampings = {
-      p: _same_turn(alphas[p], view, types[p]) for p, view in views.items() if p in alphas
-    }
+  for path in constant:
+    if measured:
+      dampings[path] = default_turn(types[path])
+    elif named == 'layer_type':
+      dampings[path] = PUBLISHED_DAMPING
+    elif named == 'default':
+      dampings[path] = default_exponents(types[path])[1]
+    elif path in alphas:
+      dampings[path] = _same_turn(alphas[path], views[path], types[path])
 
   resolved = {}
   for path, view in views.items():

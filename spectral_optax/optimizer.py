@@ -56,7 +56,7 @@ def spectral_newton(
     learning_rate: A number, traced or not, or a schedule. Start with AdamW's.
     alpha: The curvature exponent α ≥ 0 (not a learning rate). One of
 
-      - ``"default"``: 1.5; at constant damping 2 for convolutions;
+      - ``"default"``: 1.5; for convolutions at another damping than ``"noise"`` 2;
       - ``"layer_type"``: the published means, `spectral_optax.PUBLISHED_ALPHA`;
       - a number, traced or not, or an optax schedule;
       - a tree of those, or a prefix of one, or a flat dict by parameter path; a leaf
@@ -64,10 +64,11 @@ def spectral_newton(
       - a callable that takes the parameters (their shapes) and gives such a tree;
       - `measured_alpha()`: from the curvature of the loss, along the training. `update`
         then needs ``value_fn=loss_fn``, a function of the parameters.
-    damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or one of
+    damping: The damping d ≥ 0, in units of σ^α, as `alpha`, or one of these, the last two
+      also as leaves of a tree:
 
       - None: ``"noise"`` where `alpha` is ``"default"``, else ``"constant"``;
-      - ``"noise"``, also as a leaf of a tree: it sets itself. U T(Σ) Vᵀ becomes
+      - ``"noise"``: it sets itself. U T(Σ) Vᵀ becomes
         G f(GᵀG + NᵀN / m), m the longer side, N a tree with as much noise in it as the
         momentum has (of the gradients minus their average, `noise_in_momentum`;
         ``update(..., noise=N)`` has one of its own), so that T turns over, direction by

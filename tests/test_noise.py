@@ -134,6 +134,18 @@ def test_it_is_the_default_of_who_says_nothing_of_the_transfer(build):
     assert not np.allclose(found[name], noisy[name], rtol=0, atol=1e-3)
 
 
+def test_both_words_may_be_leaves():
+  make = functools.partial(spectral_optax.scale_by_spectral_newton, solver='svd')
+  (noisy, _), (constant, _) = (trained(make(damping=d), gradients()) for d in ('noise', 'constant'))
+  for exempt in ('conv', 'tall'):
+    mixed, state = trained(make(damping={'': 'noise', exempt: 'constant'}), gradients())
+    for name in SHAPES:
+      want = constant if name == exempt else noisy
+      np.testing.assert_allclose(mixed[name], want[name], rtol=0, atol=1e-6)
+    alpha = optax.tree.get(state, 'alpha')[f'{exempt}/kernel']
+    assert float(alpha) == (2.0 if exempt == 'conv' else 1.5)
+
+
 def test_who_knows_the_noise_may_say_it():
   g, nothing = gradients()[0], jax.tree.map(jnp.zeros_like, gradients()[0])
   noisy = spectral_optax.spectral_newton(1.0, 1.5, 'noise', solver='svd')
