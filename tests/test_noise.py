@@ -128,6 +128,8 @@ def test_it_is_the_default_of_who_says_nothing_of_the_transfer(build):
   assert {p: float(d) for p, d in dampings.items()} == {
     p: pytest.approx(0.1 if 'conv' in p else 0.008) for p in alphas
   }
+  _, state = run(alpha='layer_type')
+  assert {float(d) for d in optax.tree.get(state, 'damping').values()} == {np.float32(0.1)}
   for name in SHAPES:
     for other in (table, named):
       np.testing.assert_allclose(found[name], other[name], rtol=0, atol=ROUNDING)
