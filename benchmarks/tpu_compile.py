@@ -59,6 +59,8 @@ import reporting
 
 TOPOLOGY = 'v5e:4x4'
 ALPHAS = (2.0, 1.2, 0.85)
+# What "auto" takes on a TPU, at every side. Here it would look at the machine that it is traced on.
+AUTO = 'polynomial'
 # Decompositions: only when asked for by name.
 SLOW_TO_COMPILE = ('svd', 'gram', 'cholesky', 'low_rank')
 REFERENCE = 'muon'
@@ -75,14 +77,16 @@ SETS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def all_contestants() -> dict[str, Callable[..., optax.GradientTransformation]]:
   """By name, what makes an optimizer of a learning rate."""
-  as_timed = step_time.all_contestants()
-  made = {
-    c.name: c.build for c in as_timed if c.name.startswith((REFERENCE, 'defaults', 'constant'))
-  }
+  as_timed = {c.name: c.build for c in step_time.all_contestants()}
+  made = {name: build for name, build in as_timed.items() if name.startswith(REFERENCE)}
+  for name in ('defaults', 'constant'):
+    made[name] = functools.partial(as_timed[name], solver=AUTO)
   for solver in ('auto', *solvers.SOLVERS):
+    how = {'solver': AUTO if solver == 'auto' else solver}
     for alpha in ALPHAS:
-      name = f'{solver} alpha={alpha:g}'
-      made[name] = functools.partial(spectral_optax.spectral_newton, alpha=alpha, solver=solver)
+      made[f'{solver} alpha={alpha:g}'] = functools.partial(
+        spectral_optax.spectral_newton, alpha=alpha, **how
+      )
   return made
 
 

@@ -317,6 +317,20 @@ def test_counting_compiles_nothing(tpu_compile, capsys, monkeypatch):
   assert 'rational alpha=2' in capsys.readouterr().out
 
 
+def test_auto_is_what_a_tpu_would_take(tpu_compile, monkeypatch):
+  solvers, exponents = tpu_compile.solvers, tpu_compile.spectral_optax.exponents
+  for n in (8, 64, 512, 768, 2048):
+    noise = exponents.noise_turn(n).damping(1.5)
+    for alpha, damping in ((2.0, 0.1), (1.5, 0.008), (1.5, noise), (1.2, 0.02), (0.85, 0.08)):
+      chosen = solvers.choose_solver('auto', alpha, damping, n, backend='tpu')
+      assert chosen == tpu_compile.AUTO
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  counts = tpu_compile.main(
+    ['--count', '--sets', 'tiny', '--contestants', 'auto alpha=2', 'polynomial alpha=2', 'rational']
+  )['tiny']
+  assert counts['auto alpha=2'] == counts['polynomial alpha=2'] != counts['rational alpha=2']
+
+
 def test_noise_is_worked_on_in_bfloat16_too(tpu_compile, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   chosen = ['constant', 'defaults']
