@@ -211,6 +211,7 @@ def resolve(
   measured = isinstance(alpha, MeasuredAlpha)
   alpha = alpha.fallback if isinstance(alpha, MeasuredAlpha) else alpha
   named = alpha if isinstance(alpha, str) else None
+  dampings: dict[str, Any]
   if damping is None or _is_constant(damping):
     dampings = dict.fromkeys(views, 'constant')
   else:
