@@ -92,12 +92,16 @@ def test_readme_says_the_defaults():
   momentum = said['`momentum`, `nesterov`, `mu_dtype`'][0].split(', ')[0]
   assert float(momentum) == parameters['momentum'].default
   for name, defaults in (
-    ('convolutions', exponents.DEFAULT_CONV),
-    ('every other matrix', exponents.DEFAULT_OTHER),
+    ('convolutions, `damping="constant"`', exponents.DEFAULT_CONV),
+    ('every other matrix, `damping="constant"`', exponents.DEFAULT_OTHER),
   ):
     alpha, damping, turn = map(float, said[name])
     assert (alpha, damping) == defaults
     assert turn == pytest.approx(damping ** (1 / alpha), rel=0.02)
+  alpha, damping, turn = said['every matrix, by default']
+  assert float(alpha) == exponents.NOISE_ALPHA
+  assert damping == 'from the noise'
+  assert np.exp(exponents.noise_turn(64).log_sigma) == pytest.approx(float(turn.split()[-1]))
 
 
 def test_published_table_by_layer_type():
