@@ -47,7 +47,7 @@ DEFAULT_OTHER = (1.5, 0.008)
 
 
 # The default with `damping="noise"`, in every layer: the best at every momentum, batch size and
-# width of the same comparison.
+# width that the same comparison's transformer was trained at.
 NOISE_ALPHA = 1.5
 
 
