@@ -227,7 +227,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
   specs = jax.tree.map(lambda x: spec_of(x, mesh), shapes)
   schedule = optax.cosine_decay_schedule(args.learning_rate, args.schedule_steps or args.steps)
   tx = (
-    spectral_optax.spectral_newton(schedule, mesh=mesh, shardings=specs)
+    spectral_optax.spectral_newton(schedule, damping=args.damping, mesh=mesh, shardings=specs)
     if args.optimizer == 'spectral_newton'
     else optax.adamw(schedule)
   )
@@ -310,6 +310,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--patience', type=float, default=60.0, help='seconds without a step until giving up')
   add('--api', choices=('nnx', 'linen'), default='nnx')
   add('--optimizer', choices=('spectral_newton', 'adamw'), default='spectral_newton')
+  add('--damping', choices=('noise', 'constant'), default='noise', help='of spectral_newton')
   add('--learning-rate', type=float, default=0.01)
   add('--steps', type=int, default=100)
   add('--schedule-steps', type=int, help='of the schedule, if other than --steps')
