@@ -142,6 +142,7 @@ def spectral_newton(problem: Problem, lane: Any) -> optax.GradientTransformation
       solver='polynomial',
       tolerance=TOLERANCE,
       update_rms=UPDATE_RMS,
+      rms_of='matrix',
       weight_decay=WEIGHT_DECAY,
     ),
     scale_matrices(problem, lane['scale']),
@@ -163,11 +164,14 @@ def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation
     solver='polynomial',
     tolerance=TOLERANCE,
     update_rms=UPDATE_RMS,
+    rms_of='matrix',
     weight_decay=WEIGHT_DECAY,
   )
 
 
-def noise(problem: Problem, lane: Any, *, any_alpha: bool = False) -> optax.GradientTransformation:
+def noise(
+  problem: Problem, lane: Any, *, any_alpha: bool = False, rms_of: str = 'matrix'
+) -> optax.GradientTransformation:
   """Ours with a damping that sets itself; `any_alpha`: at the lane's exponents, traced."""
   by_path = {path: lane['alpha'][i] for i, path in enumerate(problem.matrices)}
   return spectral_optax.spectral_newton(
@@ -178,6 +182,7 @@ def noise(problem: Problem, lane: Any, *, any_alpha: bool = False) -> optax.Grad
     solver='polynomial',
     tolerance=TOLERANCE,
     update_rms=UPDATE_RMS,
+    rms_of=rms_of,
     weight_decay=WEIGHT_DECAY,
   )
 
@@ -442,6 +447,7 @@ PROGRAMS = {
     measured_online, one_by_one=True, period=lambda problem: problem.task.every
   ),
   'noise': Program(noise),
+  'noise_by_output': Program(functools.partial(noise, rms_of='output')),
   'noise_of_alpha': Program(functools.partial(noise, any_alpha=True)),
   'contramuon': _rollfast('contramuon', 'beta1'),
   'normuon': _rollfast('normuon', 'beta1'),
@@ -642,6 +648,12 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'spectral_newton',
       'noise',
       'Spectral Newton, defaults: α = 1.5, σ* from the noise',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+    ),
+    Contestant(
+      'by_output',
+      'noise_by_output',
+      'Spectral Newton, the same, every output of one size',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
     ),
     Contestant(

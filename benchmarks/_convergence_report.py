@@ -319,7 +319,8 @@ SHOWN = ('adamw', 'muon', 'spectral_newton', 'constant', 'shampoo', 'soap', 'kfa
 NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normalisation',
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
 DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
-SPECTRAL = ('spectral_newton', 'measured_online', 'noise')  # Programs that are ours.
+# Programs that are ours.
+SPECTRAL = ('spectral_newton', 'measured_online', 'noise', 'noise_by_output')
 ROLLFAST = ('contramuon', 'normuon', 'contranormuon', 'aurora', 'aurora_0.9', 'prism', 'psgd_kron')
 
 

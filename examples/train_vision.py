@@ -162,6 +162,7 @@ class OptimizerSettings:
   update_rms: float = 0.2
   tolerance: float | None = None
   momentum: float = 0.9
+  rms_of: str = 'matrix'
 
 
 def make_optimizer(
@@ -189,6 +190,7 @@ def make_optimizer(
     tolerance=settings.tolerance,
     momentum=settings.momentum,
     update_rms=settings.update_rms,
+    rms_of=settings.rms_of,
     weight_decay=decay,
   )
 
@@ -422,6 +424,7 @@ def optimizer_settings(
     update_rms,
     args.tolerance,
     args.momentum,
+    args.rms_of,
   )
 
 
@@ -475,6 +478,7 @@ def compare(
       'solver': args.solver,
       'tolerance': args.tolerance,
       'update_rms': args.update_rms[0],
+      'rms_of': args.rms_of,
       'momentum': args.momentum,
     },
     'optimizers': results,
@@ -560,6 +564,7 @@ def tune(
         'damping': args.damping,
         'solver': args.solver,
         'update_rms': update_rms,
+        'rms_of': args.rms_of,
       }
     means = []
     for rate in args.grid:
@@ -688,6 +693,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--tolerance', type=float, help="of approximate solvers; default the library's")
   add('--momentum', type=float, default=0.9, help="Spectral Newton's and Muon's, %(default)s")
   add('--update-rms', type=float, nargs='+', default=[0.2], help='0.2; several with --tune')
+  add('--rms-of', default='matrix', choices=('matrix', 'output'), help='what has that size')
   add('--tune', action='store_true', help='tune the learning rates in place of comparing')
   add('--grid', type=float, nargs='+', help='learning rates for --tune; default by data set')
   add(

@@ -24,6 +24,7 @@ def spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
+  rms_of: str = 'matrix',
   weight_decay: optax.ScalarOrSchedule = 0.0,
   weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
@@ -90,8 +91,9 @@ def spectral_newton(
       0.1 by default; see `apply_transfer`.
     rank: How many leading directions ``"low_rank"`` takes; by default 16, or 64 where 16
       do not meet `tolerance`.
-    update_rms: Root mean square of each matrix's update in units of the learning
-      rate; see `scale_to_rms`. None to leave the size that T gives.
+    update_rms: Root mean square of updates in units of the learning rate; see `scale_to_rms`.
+      None to leave the size that T gives.
+    rms_of: What has that size: the "matrix" as a whole, or every "output" of it.
     weight_decay: Decoupled weight decay of the matrices, times the learning rate.
     weight_decay_mask: A tree of booleans (or a prefix, or a callable giving one) over
       the parameters: which matrices decay. None for all.
@@ -149,6 +151,7 @@ def spectral_newton(
         tolerance=tolerance,
         rank=rank,
         update_rms=update_rms,
+        rms_of=rms_of,
         weight_dimension_numbers=dimension_numbers,
         mesh=mesh,
         work_axes=work_axes,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spectral_optax import layout, solvers
+from spectral_optax import layout, solvers, update_size
 
 Axes = tuple[str, ...]
 # For each axis of a parameter, the mesh axes that divide it, the major one first.
@@ -537,6 +537,7 @@ def solve_batches(
   views: Mapping[str, layout.MatrixView],
   *,
   update_rms: float | jax.Array | None,
+  rms_of: str,
   normalize: str | None,
   solver: str,
   tolerance: float,
@@ -552,6 +553,7 @@ def solve_batches(
     noise: `solvers.Batch.noise` of those that have any, by path.
     views: Theirs.
     update_rms: As for `scale_by_spectral_transfer`.
+    rms_of: Likewise.
     normalize: See `solvers.solve_batches`.
     solver: See `solvers.solve_batches`.
     tolerance: See `solvers.solve_batches`.
@@ -627,7 +629,7 @@ def solve_batches(
         pieces.append(moved.x.astype(dtype))
         shares.append(share)
         reals.append(real)
-        groups.append((group, moved, counts))
+        groups.append((group, moved, counts, tall))
       share, real = jnp.concatenate(shares), jnp.concatenate(reals)
       local.append(
         solvers.Batch(
@@ -651,10 +653,19 @@ def solve_batches(
     for (results, spectrum), (groups, share, real), batch in zip(
       solved, members, batches, strict=True
     ):
-      for matrices, (group, moved, counts) in zip(results, groups, strict=True):
+      for matrices, (group, moved, counts, tall) in zip(results, groups, strict=True):
         view = views[group.paths[0]]
         if rms is not None:
-          matrices = _to_rms(matrices, rms, view.rows * view.columns, split)
+          # In parts of the longer side, that is the first of the two axes.
+          across = split and not tall
+          matrices = update_size.to_rms(
+            matrices,
+            rms,
+            rms_of,
+            *(((-1,), (-2,)) if across else ((-2,), (-1,))),
+            shape=(view.rows, view.columns),
+            **{'columns_over' if across else 'rows_over': split},
+          )
         y = moved.undo(matrices.astype(xs[group.paths[0]].dtype))
         for path, part in zip(group.paths, jnp.split(y, np.cumsum(counts)[:-1]), strict=True):
           updates[path] = _to_leaf(part, views[path], xs[path].shape).astype(xs[path].dtype)
@@ -705,13 +716,6 @@ def _to_leaf(x: jax.Array, view: layout.MatrixView, shape: tuple[int, ...]) -> j
   order = view.batch_axes + view.matrix_axes
   x = x.reshape([shape[a] for a in order])
   return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
-
-
-def _to_rms(x: jax.Array, rms: jax.Array, count: int, split: Axes) -> jax.Array:
-  """As `scale_to_rms`, of matrices that may be in parts."""
-  total = jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)
-  mean = (jax.lax.psum(total, split) if split else total) / count
-  return jnp.where(mean == 0, 0, rms / jnp.sqrt(jnp.where(mean == 0, 1, mean))) * x
 
 
 def _everyones(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spectral_optax import exponents, layout, measured, sharding, solvers
+from spectral_optax import exponents, layout, measured, sharding, solvers, update_size
 
 # ---------------------------------------------------------------------------------
 # Momentum
@@ -214,6 +214,7 @@ def scale_by_spectral_transfer(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = None,
+  rms_of: str = 'matrix',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
   mesh: Any = None,
   work_axes: str | Sequence[str] | None = None,
@@ -236,6 +237,7 @@ def scale_by_spectral_transfer(
     rank: See `apply_transfer`.
     update_rms: As `scale_to_rms` after it would do, and cheaper; None (default) leaves
       the size that T gives.
+    rms_of: See `scale_to_rms`.
     weight_dimension_numbers: See `spectral_newton`.
     mesh: See `spectral_newton`.
     work_axes: See `spectral_newton`.
@@ -253,6 +255,7 @@ def scale_by_spectral_transfer(
   tolerance = solvers.DEFAULT_TOLERANCE if tolerance is None else tolerance
   rule = alpha if isinstance(alpha, measured.MeasuredAlpha) else None
   solvers.check_solver(solver, normalize, tolerance, rank)
+  update_size.check(rms_of)
   sharding.check(mesh, work_axes)
   if not isinstance(alpha, str) and _is_number(alpha):
     solvers.check_hyperparams(solver, alpha, 0.0)
@@ -434,7 +437,15 @@ def scale_by_spectral_transfer(
       if division is not None:
         flat = [list(itertools.chain(*pieces)) for pieces in members[name]]
         solved, found = sharding.solve_batches(
-          division, of_dtype, flat, leaves, noise, views, update_rms=update_rms, **how
+          division,
+          of_dtype,
+          flat,
+          leaves,
+          noise,
+          views,
+          update_rms=update_rms,
+          rms_of=rms_of,
+          **how,
         )
         new |= solved
         for spectrum, (of, at) in itertools.product(found, enumerate(spectra)):
@@ -444,7 +455,7 @@ def scale_by_spectral_transfer(
       for pieces, (results, spectrum) in zip(members[name], solved, strict=True):
         for paths, matrices in zip(pieces, results, strict=True):
           if update_rms is not None:
-            matrices = _to_rms(matrices, update_rms, (-2, -1))
+            matrices = update_size.to_rms(matrices, update_rms, rms_of)
           begin = 0
           for path in paths:
             end = begin + number[path]
@@ -487,31 +498,38 @@ def _broadcast(value: Any, view: layout.MatrixView, dtype: Any) -> jax.Array:
 # ---------------------------------------------------------------------------------
 
 
-def _to_rms(x: jax.Array, rms: float | jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  mean = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
-  return jnp.where(mean == 0, 0, rms / jnp.sqrt(jnp.where(mean == 0, 1, mean))) * x
-
-
 def scale_to_rms(
   rms: float | jax.Array = 0.2,
   *,
+  rms_of: str = 'matrix',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
   """Scales every matrix's update to one root mean square.
 
-  ``ΔW ← rms · √(m n) ΔW / ‖ΔW‖_F``, matrix by matrix: the size that
+  ``ΔW ← rms · ΔW / r``, r the root mean square of the matrix: the size that
   ``optax.contrib.muon(consistent_rms=rms)`` gives an orthogonal update (Liu et al.,
   arXiv:2502.16982), for an update with any spectrum. AdamW's updates have about
   0.2, so its learning rates are where to start (measured: README).
 
+  With ``rms_of='output'`` every output j, a column of the matrix, has that size,
+  ``ΔW_j ← rms · √(1 + h²) · ΔW_j / √(r_j² + h² r²)``, r_j its own root mean square, h = 0.3, which
+  holds back outputs with much less than the others. The matrix's is `rms` at the most. (A spectrum
+  that is not flat comes with outputs of unequal size. NorMuon, arXiv:2510.05491, divides by a
+  running average of r_j; this has no state.)
+
   Args:
     rms: Of the entries of each matrix's update, in units of the learning rate. May
       be traced.
+    rms_of: "matrix" (default) or "output": what has that root mean square.
     weight_dimension_numbers: See `spectral_newton`.
 
   Returns:
     A stateless `GradientTransformation`. A zero update stays zero.
+
+  Raises:
+    ValueError: At construction, for an unknown `rms_of`.
   """
+  update_size.check(rms_of)
 
   def update_fn(updates, state, params=None):
     del params
@@ -520,7 +538,8 @@ def scale_to_rms(
     for path, view in views.items():
       x = new[path]
       wide = x.astype(_compute_dtype(x.dtype))
-      new[path] = _to_rms(wide, rms, view.matrix_axes).astype(x.dtype)
+      scaled = update_size.to_rms(wide, rms, rms_of, view.reduction_axes, view.output_axes)
+      new[path] = scaled.astype(x.dtype)
     return jax.tree.unflatten(jax.tree.structure(updates), list(new.values())), state
 
   return optax.GradientTransformation(optax.init_empty_state, update_fn)
@@ -543,6 +562,7 @@ def scale_by_spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
+  rms_of: str = 'matrix',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
   mesh: Any = None,
   work_axes: str | Sequence[str] | None = None,
@@ -565,6 +585,7 @@ def scale_by_spectral_newton(
     tolerance: See `apply_transfer`.
     rank: See `apply_transfer`.
     update_rms: See `scale_to_rms`; None to leave the size that T gives.
+    rms_of: See `scale_to_rms`.
     weight_dimension_numbers: See `spectral_newton`.
     mesh: See `spectral_newton`.
     work_axes: See `spectral_newton`.
@@ -585,6 +606,7 @@ def scale_by_spectral_newton(
     tolerance=tolerance,
     rank=rank,
     update_rms=update_rms,
+    rms_of=rms_of,
     weight_dimension_numbers=weight_dimension_numbers,
     mesh=mesh,
     work_axes=work_axes,

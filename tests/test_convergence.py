@@ -161,8 +161,15 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
     assert float(jnp.sqrt(jnp.mean(updates[path] ** 2))) == pytest.approx(0.2 * rate, rel=1e-3)
 
 
-@pytest.mark.parametrize('name', ['spectral_newton', 'constant'])
-def test_contestants_of_defaults_are_what_a_user_gets(convergence, name):
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('spectral_newton', {}),
+    ('by_output', {'rms_of': 'output'}),
+    ('constant', {'damping': 'constant'}),
+  ],
+)
+def test_contestants_of_defaults_are_what_a_user_gets(convergence, name, options):
   """Three steps of different gradients, beside `spectral_newton(rate)`."""
   problems, contestants = convergence._problems, convergence._contestants
   task = problems.TASKS['vgg-fashion']
@@ -173,7 +180,7 @@ def test_contestants_of_defaults_are_what_a_user_gets(convergence, name):
   params = {p: jnp.ones(x.shape) for p, x in problem.shapes.items()}
   library = contestants.spectral_optax.spectral_newton(
     contestants.schedule(problem, lane),
-    damping='constant' if name == 'constant' else None,
+    **options,
     weight_decay=contestants.WEIGHT_DECAY,
     solver='polynomial',
     tolerance=contestants.TOLERANCE,

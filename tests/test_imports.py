@@ -13,6 +13,7 @@ ORDER = (
   'curvature',
   'measured',
   'exponents',
+  'update_size',
   'sharding',
   'transform',
   'optimizer',

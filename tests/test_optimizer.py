@@ -250,6 +250,69 @@ def test_updates_have_the_stated_size():
     np.testing.assert_allclose(each, np.full(3, 0.15), rtol=1e-5)
 
 
+def of_outputs(update: np.ndarray, rms: float, rows: tuple[int, ...], columns: tuple[int, ...]):
+  """The formula of `scale_to_rms`, for outputs."""
+  mean = lambda axes: np.mean(np.square(update), axis=axes, keepdims=True)
+  h = 0.3
+  return rms * np.sqrt((1 + h**2) / (mean(rows) + h**2 * mean((*rows, *columns)))) * update
+
+
+def test_every_output_has_the_stated_size():
+  """Columns of a kernel, of a stack's and of a convolution's."""
+  params, grads = mixed_params(), random_like(mixed_params())
+  how = {'momentum': 0.0, 'damping': 'constant', 'solver': 'gram'}
+  plain = spectral_optax.scale_by_spectral_newton(**how, update_rms=None)
+  raw, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+  axes = {
+    'Conv_0': ((0, 1, 2), (3,)),
+    'layers': ((1,), (2,)),
+    'Dense_0': ((0,), (1,)),
+    'head': ((0,), (1,)),
+  }
+  for scale in (1e-12, 1.0, 1e12):
+    tx = spectral_optax.spectral_newton(-0.5, update_rms=0.3, rms_of='output', **how)
+    scaled = jax.tree.map(lambda g: g * scale, grads)  # noqa: B023
+    updates, _ = jax.jit(tx.update)(scaled, tx.init(params), params)
+    for name, (rows, columns) in axes.items():
+      exact = of_outputs(np.float64(raw[name]['kernel']), 0.15, rows, columns)
+      np.testing.assert_allclose(updates[name]['kernel'], exact, rtol=2e-4, atol=2e-5)
+      assert not np.allclose(  # Not as the matrix has it, whose outputs are unequal.
+        exact, of_outputs(np.float64(raw[name]['kernel']), 0.15, (), (*rows, *columns)), rtol=1e-2
+      )
+
+
+def test_an_output_that_dies_away_is_held_back():
+  """Equal outputs have the size that is asked for; much smaller ones less, as much as they are."""
+  u = {'kernel': np.float32(np.random.default_rng(0).choice([-1.0, 1.0], (50, 6)))}
+  tx = spectral_optax.scale_to_rms(0.2, rms_of='output')
+  updates, _ = tx.update(u, tx.init(u))
+  np.testing.assert_allclose(updates['kernel'], 0.2 * u['kernel'], rtol=1e-6)
+  u['kernel'][:, 1] *= 1e-3
+  u['kernel'][:, 2] = 0
+  updates, _ = tx.update(u, tx.init(u))
+  rms = np.sqrt(np.mean(np.square(updates['kernel']), axis=0))
+  # Of four equal ones out of six, r² = 4/6: √(1.09 / (1 + .09 · 4/6)), and 1e-3 √(1.09 / .06).
+  np.testing.assert_allclose(rms[[0, 3, 4, 5]], 0.2 * np.sqrt(1.09 / 1.06), rtol=1e-5)
+  np.testing.assert_allclose(rms[1], 0.2e-3 * np.sqrt(1.09 / 0.06), rtol=1e-4)
+  assert rms[2] == 0
+  nothing, _ = tx.update({'kernel': jnp.zeros((3, 2))}, tx.init(u))
+  np.testing.assert_array_equal(nothing['kernel'], np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize(
+  'build',
+  [
+    functools.partial(spectral_optax.spectral_newton, 0.1),
+    spectral_optax.scale_by_spectral_newton,
+    spectral_optax.scale_by_spectral_transfer,
+    spectral_optax.scale_to_rms,
+  ],
+)
+def test_unknown_owner_of_the_size(build):
+  with pytest.raises(ValueError, match="rms_of must be one of 'matrix', 'output', got 'column'"):
+    build(rms_of='column')
+
+
 def test_without_update_size_the_transfer_is_left_alone():
   grads = {'kernel': jax.random.normal(jax.random.key(0), (6, 4))}
   tx = spectral_optax.scale_by_spectral_newton(2.0, 0.1, momentum=0.0, update_rms=None)
@@ -360,16 +423,19 @@ def test_statistics_are_of_the_right_matrix_where_some_alphas_are_traced():
     assert state.alpha[f'{name}/kernel'] == np.float32(alphas[name])
 
 
-def test_update_size_inside_the_transfer_is_that_after_it():
+@pytest.mark.parametrize('rms_of', ['output', 'matrix'])
+def test_update_size_inside_the_transfer_is_that_after_it(rms_of):
   params = mixed_params()
   grads = random_like(params)
-  inside = spectral_optax.scale_by_spectral_transfer(1.5, 0.1, update_rms=0.3)
+  inside = spectral_optax.scale_by_spectral_transfer(1.5, 0.1, update_rms=0.3, rms_of=rms_of)
   after = optax.chain(
-    spectral_optax.scale_by_spectral_transfer(1.5, 0.1), spectral_optax.scale_to_rms(0.3)
+    spectral_optax.scale_by_spectral_transfer(1.5, 0.1),
+    spectral_optax.scale_to_rms(0.3, rms_of=rms_of),
   )
   (a, _), (b, _) = (jax.jit(tx.update)(grads, tx.init(params)) for tx in (inside, after))
   assert_trees_close(a, b, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(np.sqrt(np.mean(np.square(a['head']['kernel']))), 0.3, rtol=1e-5)
+  each = np.sqrt(np.mean(np.square(a['head']['kernel']), axis=0 if rms_of == 'output' else None))
+  np.testing.assert_allclose(each, 0.3, rtol=0.3 if rms_of == 'output' else 1e-5)
 
 
 @pytest.mark.parametrize('scale', [1e-25, 1.0, 1e25])

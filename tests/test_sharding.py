@@ -136,6 +136,9 @@ TALL = ((128, 8), (8, 160))
     ({'solver': 'svd'}, TALL),
     ({'solver': 'low_rank', 'rank': 4}, DEALT),
     ({'solver': 'cholesky', 'alpha': 2.0, 'update_rms': 0.3}, DEALT),
+    ({'solver': 'polynomial', 'update_rms': 0.3}, TALL),
+    ({'solver': 'polynomial', 'update_rms': 0.3, 'rms_of': 'output'}, DEALT),
+    ({'solver': 'polynomial', 'update_rms': 0.3, 'rms_of': 'output'}, TALL),
   ],
 )
 def test_every_way_to_divide(options, shapes):

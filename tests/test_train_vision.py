@@ -129,7 +129,9 @@ def test_tuned_rates_are_those_of_the_committed_measurement(train_vision):
     best = {
       row['optimizer']: row['best_learning_rate']
       for row in report['rows']
-      if row.get('update_rms', 0.2) == 0.2 and row.get('damping') is None
+      if row.get('update_rms', 0.2) == 0.2
+      and row.get('damping') is None
+      and row.get('rms_of', 'matrix') == 'matrix'
     }
     assert rates == best
     assert report['task']['seeds'] == list(train_vision.TASKS[data].tuning_seeds)
