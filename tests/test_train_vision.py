@@ -121,6 +121,21 @@ def test_tuning_looks_at_validation_images_and_keeps_other_results(
   assert str(Path.home()) not in output.read_text()
 
 
+def test_options_reach_the_optimizer(train_vision):
+  """All outputs of one size, or, as it is without the option, not."""
+  grads = {'kernel': np.float32(np.random.default_rng(0).standard_normal((40, 6)))}
+  grads['kernel'][:, 0] *= 0.1
+  spread = []
+  for words in ([], ['--rms-of', 'output']):
+    args = train_vision.make_parser().parse_args(words)
+    settings = train_vision.optimizer_settings('spectral_newton', 10, 0.2, args)
+    tx = train_vision.make_optimizer(settings, 1.0)
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    rms = np.sqrt(np.mean(np.square(updates['kernel']), axis=0))
+    spread.append(rms.max() / rms.min())
+  assert spread[1] < 0.6 * spread[0]
+
+
 def test_tuned_rates_are_those_of_the_committed_measurement(train_vision):
   path = EXAMPLES.parent / 'benchmarks' / 'results' / 'train_vision_tuning.json'
   measured = json.loads(path.read_text())
