@@ -110,6 +110,7 @@ class OptimizerSettings:
   weight_decay: float = WEIGHT_DECAY
   alpha: float | str = 'default'
   damping: float | str | None = None
+  rms_of: str = 'matrix'
   measure_every: int = 100
 
 
@@ -135,7 +136,12 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
   if alpha == 'measured':
     alpha = spectral_optax.measured_alpha(settings.measure_every)
   return spectral_optax.spectral_newton(
-    schedule, alpha=alpha, damping=settings.damping, momentum=MOMENTUM, weight_decay=decay
+    schedule,
+    alpha=alpha,
+    damping=settings.damping,
+    rms_of=settings.rms_of,
+    momentum=MOMENTUM,
+    weight_decay=decay,
   )
 
 
@@ -390,7 +396,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     settings = OptimizerSettings(name, rates[name], args.steps, args.weight_decay)
     if name == 'spectral_newton':
       settings = dataclasses.replace(
-        settings, alpha=args.alpha, damping=args.damping, measure_every=args.measure_every
+        settings,
+        alpha=args.alpha,
+        damping=args.damping,
+        rms_of=args.rms_of,
+        measure_every=args.measure_every,
       )
     runs[name] = [train(settings, seed, data, held_out, args) for seed in args.seeds]
   spread = lambda values: {
@@ -410,6 +420,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     'spectral_newton': {
       'alpha': args.alpha,
       'damping': args.damping,
+      'rms_of': args.rms_of,
       'measure_every': args.measure_every if args.alpha == 'measured' else None,
     },
     'optimizers': {
@@ -474,6 +485,8 @@ def make_parser() -> argparse.ArgumentParser:
   )
   damping_help = 'number, "noise" or "constant"; default: what goes with alpha'
   add('--damping', type=damping_value, help=damping_help)
+  choices = ('matrix', 'output')
+  add('--rms-of', default='matrix', choices=choices, help="whose updates have AdamW's size")
   add('--measure-every', type=int, default=100, help='steps, with --alpha measured, %(default)s')
   add('--output', type=pathlib.Path, help='PNG or JSON; default runs/language_model')
   add('--quiet', action='store_true', help='no progress bar')

@@ -113,6 +113,22 @@ def test_language_model_measures_alpha_in_every_layer(language_model, tmp_path):
   np.testing.assert_allclose(default, 1.5, rtol=1e-6)
 
 
+def test_outputs_of_one_size_in_every_layer(language_model):
+  """`rms_of` reaches the optimizer: of stacked kernels too."""
+  grads = {'blocks': {'up': {'kernel': np.ones((2, 30, 5), np.float32)}}}
+  rng = np.random.default_rng(0)
+  kernel = rng.standard_normal((2, 30, 5)).astype(np.float32) * [0.3, 1, 1, 1, 1]
+  grads['blocks']['up']['kernel'] = jnp.float32(kernel)
+  spread = []
+  for rms_of in ('matrix', 'output'):
+    settings = language_model.OptimizerSettings('spectral_newton', 1.0, 10, rms_of=rms_of)
+    tx = language_model.make_optimizer(settings)
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    rms = np.sqrt(np.mean(np.square(updates['blocks']['up']['kernel']), axis=1))
+    spread.append(rms.max(axis=1) / rms.min(axis=1))
+  assert (spread[1] < 0.7 * spread[0]).all()
+
+
 def test_scanned_layers_are_layers_one_after_the_other(language_model):
   model = language_model.GPT(context=6, width=8, depth=3, heads=2, rngs=nnx.Rngs(0))
   x = jnp.asarray(np.random.default_rng(0).integers(256, size=(2, 6)))
