@@ -240,7 +240,8 @@ def test_contestants_are_tuned_alike(convergence):
   )
   with pytest.raises(ValueError, match="'rat' is no number"):
     contestants.traced(problem, {'seed': 0, 'rat': 1.0})
-  # What was measured of another network is nothing to this one, and K-FAC has no running averages.
+  # What was measured of another network is nothing to this one; K-FAC has no running averages, and
+  # fails on attention.
   measured['mlp-digits']['network'] = {**network, 'options': {'width': 128, 'depth': 5}}
   another = contestants.contestants(measured)
   assert not another['measured_before'].can_run(problem)
@@ -248,8 +249,13 @@ def test_contestants_are_tuned_alike(convergence):
   assert another['alpha_2'].can_run(problem)
   images = {k: np.zeros((2, 28, 28, 1), np.uint8) for k in ('train_x', 'train_y')}
   resnet = problems.Problem(problems.TASKS['resnet-fashion'], images, together=False)
-  assert not another['kfac'].can_run(resnet)
-  assert another['shampoo'].can_run(resnet)
+  gpt = problems.Problem(
+    problems.TASKS['gpt-bytes'], {'train': np.arange(200, dtype=np.uint8)}, together=False
+  )
+  for task in (resnet, gpt):
+    assert not another['kfac'].can_run(task)
+    assert another['shampoo'].can_run(task)
+  assert another['kfac'].can_run(problem)
 
 
 def test_what_was_measured_is_known_again_from_a_file(convergence):
