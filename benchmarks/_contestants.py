@@ -658,7 +658,7 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
     Contestant(
       'by_output',
       'noise_by_output',
-      'Spectral Newton, the same, every output of one size',
+      'Spectral Newton, defaults and rms_of="output"',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
     ),
     Contestant(

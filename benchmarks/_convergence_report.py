@@ -363,7 +363,7 @@ def readme_part(content: Mapping[str, Any]) -> str:
   titles = [heads[n] for n in there]
   return '\n\n'.join(
     [
-      table(['task, steps', *titles, 'the best of rollfast', 'the best other α of ours'], losses),
+      table(['task, steps', *titles, 'the best of rollfast', 'the best other of ours'], losses),
       "To Muon's final mean validation loss: steps; milliseconds of a step; seconds (one network on"
       ' two CPU cores, the curves as above); 10⁹ FLOPs. Where runs do not get there, they count'
       ' in full, and in brackets is how many do.',
