@@ -657,14 +657,16 @@ def solve_batches(
         view = views[group.paths[0]]
         if rms is not None:
           # In parts of the longer side, that is the first of the two axes.
-          across = split and not tall
+          across = bool(split) and not tall
           matrices = update_size.to_rms(
             matrices,
             rms,
             rms_of,
-            *(((-1,), (-2,)) if across else ((-2,), (-1,))),
+            rows=(-1,) if across else (-2,),
+            columns=(-2,) if across else (-1,),
             shape=(view.rows, view.columns),
-            **{'columns_over' if across else 'rows_over': split},
+            rows_over=() if across else split,
+            columns_over=split if across else (),
           )
         y = moved.undo(matrices.astype(xs[group.paths[0]].dtype))
         for path, part in zip(group.paths, jnp.split(y, np.cumsum(counts)[:-1]), strict=True):

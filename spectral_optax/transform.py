@@ -513,9 +513,8 @@ def scale_to_rms(
 
   With ``rms_of='output'`` every output j, a column of the matrix, has that size,
   ``ΔW_j ← rms · √(1 + h²) · ΔW_j / √(r_j² + h² r²)``, r_j its own root mean square, h = 0.3, which
-  holds back outputs with much less than the others. The matrix's is `rms` at the most. (A spectrum
-  that is not flat comes with outputs of unequal size. NorMuon, arXiv:2510.05491, divides by a
-  running average of r_j; this has no state.)
+  holds back outputs with much less than the others. The matrix's is `rms` at the most. (NorMuon,
+  arXiv:2510.05491, takes a running average of r_j²; this has no state.)
 
   Args:
     rms: Of the entries of each matrix's update, in units of the learning rate. May

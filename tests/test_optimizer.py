@@ -434,8 +434,11 @@ def test_update_size_inside_the_transfer_is_that_after_it(rms_of):
   )
   (a, _), (b, _) = (jax.jit(tx.update)(grads, tx.init(params)) for tx in (inside, after))
   assert_trees_close(a, b, rtol=1e-5, atol=1e-6)
-  each = np.sqrt(np.mean(np.square(a['head']['kernel']), axis=0 if rms_of == 'output' else None))
-  np.testing.assert_allclose(each, 0.3, rtol=0.3 if rms_of == 'output' else 1e-5)
+  rms = np.sqrt(np.mean(np.square(a['head']['kernel'])))
+  if rms_of == 'matrix':
+    np.testing.assert_allclose(rms, 0.3, rtol=1e-5)
+  else:  # What holds outputs back is concave: never more.
+    assert rms < 0.3
 
 
 @pytest.mark.parametrize('scale', [1e-25, 1.0, 1e25])

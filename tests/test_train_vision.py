@@ -1,5 +1,6 @@
 """The example that users run first, from its command line, and its data sets."""
 
+import dataclasses
 import gzip
 import importlib
 import io
@@ -125,15 +126,18 @@ def test_options_reach_the_optimizer(train_vision):
   """All outputs of one size, or, as it is without the option, not."""
   grads = {'kernel': np.float32(np.random.default_rng(0).standard_normal((40, 6)))}
   grads['kernel'][:, 0] *= 0.1
-  spread = []
+  found = []
   for words in ([], ['--rms-of', 'output']):
     args = train_vision.make_parser().parse_args(words)
     settings = train_vision.optimizer_settings('spectral_newton', 10, 0.2, args)
-    tx = train_vision.make_optimizer(settings, 1.0)
+    tx = train_vision.make_optimizer(dataclasses.replace(settings, weight_decay=0.0), 1.0)
     updates, _ = tx.update(grads, tx.init(grads), grads)
-    rms = np.sqrt(np.mean(np.square(updates['kernel']), axis=0))
-    spread.append(rms.max() / rms.min())
-  assert spread[1] < 0.6 * spread[0]
+    found.append(np.asarray(updates['kernel']))
+  matrix, output = found
+  outputs = np.mean(np.square(matrix), axis=0)
+  exact = 0.2 * np.sqrt(1.09 / (outputs + 0.09 * np.mean(outputs))) * matrix
+  np.testing.assert_allclose(output, exact, rtol=1e-4, atol=1e-5)
+  assert np.abs(output - matrix).max() > 0.02
 
 
 def test_tuned_rates_are_those_of_the_committed_measurement(train_vision):
