@@ -539,6 +539,44 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
   return found
 
 
+def merged(before: dict[str, Any], found: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  """`outcome` of a store, and what an earlier one had of the same task and this one has not.
+
+  So that a contestant can be added on a machine that has none of the others' trainings.
+
+  Args:
+    before: What the JSON holds of a task.
+    found: `outcome`.
+    names: All contestants'; others of `before` are dropped.
+  """
+  if before.get('task') != found['task']:
+    return found
+  contestants: dict[str, Any] = {}
+  for name in names:
+    old, new = (of['contestants'].get(name) for of in (before, found))
+    if not old or not new:
+      contestants |= {name: of for of in (old, new) if of}
+      continue
+    contestants[name] = dict(new)
+    if all(old['tuned'][of] == new['tuned'][of] for of in ('rate', 'knob')):
+      runs = {run['seed']: run for run in (*old['runs'], *new['runs'])}
+      contestants[name]['runs'] = [runs[seed] for seed in sorted(runs)]
+    contestants[name]['cost'] = new['cost'] or old['cost']
+  cell = lambda of: tuple(of[name] for name in ('alpha', 'alpha_end', 'turn', 'momentum'))
+  cells = {cell(of): of for of in (*before['cells'], *found['cells'])}
+  momenta = {
+    momentum: before['momenta'].get(momentum, {}) | found['momenta'].get(momentum, {})
+    for momentum in sorted({*before['momenta'], *found['momenta']})
+  }
+  return {
+    'task': found['task'],
+    'contestants': contestants,
+    'cells': list(cells.values()),
+    'references': before['references'] | found['references'],
+    'momenta': momenta,
+  }
+
+
 def read_cost(work: pathlib.Path, task: _problems.Task) -> dict[str, Any]:
   """By contestant, what `time_all` has found of a task."""
   path = work / task.name / 'cost.json'
@@ -772,10 +810,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
       if (value := getattr(args, option)) is not None:
         name += f', {option} {value:g}'
     content['tasks'][name] = found
-  # Of other tasks, what is there already stays.
+  # What is there already stays.
   if args.output.is_file():
-    before = json.loads(args.output.read_text('utf-8'))
-    content['tasks'] = before.get('tasks', {}) | content['tasks']
+    before = json.loads(args.output.read_text('utf-8')).get('tasks', {})
+    names = [contestant.name for contestant in args.everyone]
+    for name in set(before) & set(content['tasks']):
+      # As it is read, without tuples.
+      found = json.loads(json.dumps(_finite(content['tasks'][name])))
+      content['tasks'][name] = merged(before[name], found, names)
+    content['tasks'] = before | content['tasks']
   write_json(args.output, content)
   if args.tables:
     written = _convergence_report.write(content, args.output)

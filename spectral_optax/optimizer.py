@@ -8,7 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from spectral_optax import exponents, layout, measured, transform
+from spectral_optax import exponents, layout, measured, transform, update_size
 
 
 def spectral_newton(
@@ -24,7 +24,7 @@ def spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
-  rms_of: str = 'matrix',
+  rms_of: Any = 'matrix',
   weight_decay: optax.ScalarOrSchedule = 0.0,
   weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
@@ -93,7 +93,9 @@ def spectral_newton(
       do not meet `tolerance`.
     update_rms: Root mean square of updates in units of the learning rate; see `scale_to_rms`.
       None to leave the size that T gives.
-    rms_of: What has that size: the "matrix" as a whole, or every "output" of it.
+    rms_of: What has that size: the "matrix" as a whole, every "output" of it, or "layer_type":
+      every output of dense layers, convolutions as a whole. Also a tree of these words, a
+      prefix of one, a flat dict by path, or a callable that takes the parameters and gives one.
     weight_decay: Decoupled weight decay of the matrices, times the learning rate.
     weight_decay_mask: A tree of booleans (or a prefix, or a callable giving one) over
       the parameters: which matrices decay. None for all.
@@ -128,7 +130,7 @@ def spectral_newton(
     TypeError: At `init`, for complex matrices.
 
   Under `optax.inject_hyperparams`, numbers (also `alpha` and `damping`) are injected;
-  name a callable that takes the parameters, `tolerance` and `rank` in its
+  name a callable that takes the parameters (also `rms_of`), `tolerance` and `rank` in its
   `static_args`.
 
   Source: A. Calvo, arXiv:2606.02596, "Spectral Newton"; normalisation, update size,
@@ -138,7 +140,7 @@ def spectral_newton(
     adam_learning_rate = learning_rate
   damping = exponents.default_damping(alpha, damping)
 
-  def parts(dimension_numbers, alphas, dampings, labels, places):
+  def parts(dimension_numbers, alphas, dampings, sizes, labels, places):
     matrix = optax.chain(
       transform.scale_by_spectral_newton(
         alphas,
@@ -151,7 +153,7 @@ def spectral_newton(
         tolerance=tolerance,
         rank=rank,
         update_rms=update_rms,
-        rms_of=rms_of,
+        rms_of=sizes,
         weight_dimension_numbers=dimension_numbers,
         mesh=mesh,
         work_axes=work_axes,
@@ -193,10 +195,12 @@ def spectral_newton(
     if isinstance(alpha, measured.MeasuredAlpha):
       alphas = dataclasses.replace(alpha, fallback=alphas)
     dampings = {path: d for path, (_, d) in values.items()}
-    return parts(numbers, alphas, dampings, labels, transform.placements(shardings, params))
+    sizes = update_size.resolve(rms_of, params, views)
+    places = transform.placements(shardings, params)
+    return parts(numbers, alphas, dampings, sizes, labels, places)
 
   # What can be checked without parameters is, here and now.
-  parts(None, alpha, damping, 'adam', None)
+  parts(None, alpha, damping, rms_of, 'adam', None)
 
   def init_fn(params):
     return for_params(params).init(params)

@@ -15,7 +15,7 @@ Mesh axes that already number the matrices (experts, stacked layers) need nobody
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -434,9 +434,9 @@ USUAL_PRODUCTS = 10
 
 
 def _groups(
-  division: Division, views: Mapping[str, layout.MatrixView], noisy: Collection[str] = ()
+  division: Division, views: Mapping[str, layout.MatrixView], kinds: Mapping[str, Any] | None = None
 ) -> list[_Group]:
-  """Parameters that travel together; those of `noisy` not with others."""
+  """Parameters that travel together: of one kind, where `kinds` says so."""
   found: dict[Any, _Group] = {}
   for path, view in views.items():
     placement = division.placements[path]
@@ -444,7 +444,7 @@ def _groups(
     batch_axes = tuple(n for a in view.batch_axes for n in placement[a])
     sides = len(view.reduction_axes), len(view.output_axes)
     shape = tuple(view.shape[a] for a in view.matrix_axes)
-    key = shape, sides, placed, batch_axes, path in noisy
+    key = shape, sides, placed, batch_axes, kinds and kinds[path]
     found.setdefault(key, _Group([], sides, placed, batch_axes)).paths.append(path)
   return list(found.values())
 
@@ -537,7 +537,7 @@ def solve_batches(
   views: Mapping[str, layout.MatrixView],
   *,
   update_rms: float | jax.Array | None,
-  rms_of: str,
+  rms_of: Mapping[str, str],
   normalize: str | None,
   solver: str,
   tolerance: float,
@@ -553,7 +553,7 @@ def solve_batches(
     noise: `solvers.Batch.noise` of those that have any, by path.
     views: Theirs.
     update_rms: As for `scale_by_spectral_transfer`.
-    rms_of: Likewise.
+    rms_of: Of each parameter, see `update_size.to_rms`.
     normalize: See `solvers.solve_batches`.
     solver: See `solvers.solve_batches`.
     tolerance: See `solvers.solve_batches`.
@@ -603,7 +603,8 @@ def solve_batches(
       damping = batch.damping if damping is None else damping
       pieces, noises, shares, reals, groups, first = [], [], [], [], [], 0
       at_most: dict[int, int] = {}
-      for group in _groups(division, {path: views[path] for path in of}, ns):
+      kinds = {path: (path in ns, rms_of[path]) for path in of}
+      for group in _groups(division, {path: views[path] for path in of}, kinds):
         counts, numbers = [], []
         for path in group.paths:
           view = views[path]
@@ -661,7 +662,7 @@ def solve_batches(
           matrices = update_size.to_rms(
             matrices,
             rms,
-            rms_of,
+            rms_of[group.paths[0]],
             rows=(-1,) if across else (-2,),
             columns=(-2,) if across else (-1,),
             shape=(view.rows, view.columns),

@@ -214,7 +214,7 @@ def scale_by_spectral_transfer(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = None,
-  rms_of: str = 'matrix',
+  rms_of: Any = 'matrix',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
   mesh: Any = None,
   work_axes: str | Sequence[str] | None = None,
@@ -263,13 +263,14 @@ def scale_by_spectral_transfer(
     solvers.check_hyperparams('auto', 0.0, damping)
 
   def plan(params):
-    """Views in the order in which they are kept, values, and the dtype of each."""
+    """Views in the order in which they are kept; of each its values, dtype, and what has a size."""
     views = layout.matrix_views(params, weight_dimension_numbers)
     values = exponents.resolve(alpha, damping, params, views)
     leaves = layout.leaves_by_path(params)
     dtypes = {path: _compute_dtype(leaves[path].dtype) for path in views}
     order = sorted(views, key=lambda path: _piece_key(views[path], dtypes[path]))
-    return {path: views[path] for path in order}, values, dtypes
+    sizes = update_size.resolve('matrix' if update_rms is None else rms_of, params, views)
+    return {path: views[path] for path in order}, values, dtypes, sizes
 
   def basis_shape(view: layout.MatrixView) -> tuple[int, ...]:
     small = min(view.rows, view.columns)
@@ -294,7 +295,7 @@ def scale_by_spectral_transfer(
     )
 
   def init_fn(params):
-    views, values, dtypes = plan(params)
+    views, values, dtypes, sizes = plan(params)
     widest = jnp.result_type(*dtypes.values()) if dtypes else jnp.float32
     first = {}
     for path in values:
@@ -317,7 +318,7 @@ def scale_by_spectral_transfer(
       state = state._replace(fits=jnp.zeros([]))
     elif rule:  # As many numbers as an update, of matrices that are whole, would make.
       found = measured_now(state, values)
-      step = lambda p: transfer(p, noise_of(views, found, p), state, views, found, dtypes, None)
+      step = lambda p: transfer(p, noise_of(views, found, p), state, views, found, dtypes, sizes, None)
       made = jax.eval_shape(step, params)
       state = state._replace(fits=jnp.zeros(made[1].fits.shape, widest))
     return state
@@ -331,7 +332,7 @@ def scale_by_spectral_transfer(
 
   def update_fn(updates, state, params=None, *, value_fn=None, noise=None, **extra_args):
     del extra_args
-    views, values, dtypes = plan(updates)
+    views, values, dtypes, sizes = plan(updates)
     if not views:
       return updates, state._replace(count=optax.safe_increment(state.count))
     noise = noise_of(views, values, noise)
@@ -348,7 +349,7 @@ def scale_by_spectral_transfer(
       work_axes=work_axes,
       shardings=placements(shardings, updates),
     )
-    return transfer(updates, noise, state, views, values, dtypes, division)
+    return transfer(updates, noise, state, views, values, dtypes, sizes, division)
 
   def noise_of(views, values, noise) -> dict[str, jax.Array]:
     """N / √(longer side), by path, of the parameters whose damping it is."""
@@ -366,7 +367,7 @@ def scale_by_spectral_transfer(
     return {path: leaves[path] / math.sqrt(longer[path]) for path in noisy}
 
   def transfer(
-    updates, noise, state, views, values: Mapping[str, tuple[Any, Any]], dtypes, division
+    updates, noise, state, views, values: Mapping[str, tuple[Any, Any]], dtypes, sizes, division
   ):
     """The step with these α and d."""
     leaves = layout.leaves_by_path(updates)
@@ -380,7 +381,7 @@ def scale_by_spectral_transfer(
       fixed = exponents.known(*values[path])
       key = _piece_key(view, dtypes[path])
       alone = path if math.prod(view.shape) >= ALONE else None
-      piece = key, alone, path in noise
+      piece = key, alone, path in noise, sizes[path]
       grouped.setdefault((*key[:2], fixed), {}).setdefault(piece, []).append(path)
 
     order = [path for pieces in grouped.values() for paths in pieces.values() for path in paths]
@@ -444,7 +445,7 @@ def scale_by_spectral_transfer(
           noise,
           views,
           update_rms=update_rms,
-          rms_of=rms_of,
+          rms_of=sizes,
           **how,
         )
         new |= solved
@@ -455,7 +456,7 @@ def scale_by_spectral_transfer(
       for pieces, (results, spectrum) in zip(members[name], solved, strict=True):
         for paths, matrices in zip(pieces, results, strict=True):
           if update_rms is not None:
-            matrices = update_size.to_rms(matrices, update_rms, rms_of)
+            matrices = update_size.to_rms(matrices, update_rms, sizes[paths[0]])
           begin = 0
           for path in paths:
             end = begin + number[path]
@@ -501,7 +502,7 @@ def _broadcast(value: Any, view: layout.MatrixView, dtype: Any) -> jax.Array:
 def scale_to_rms(
   rms: float | jax.Array = 0.2,
   *,
-  rms_of: str = 'matrix',
+  rms_of: Any = 'matrix',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformation:
   """Scales every matrix's update to one root mean square.
@@ -519,25 +520,29 @@ def scale_to_rms(
   Args:
     rms: Of the entries of each matrix's update, in units of the learning rate. May
       be traced.
-    rms_of: "matrix" (default) or "output": what has that root mean square.
+    rms_of: What has that root mean square: the "matrix" (default), every "output", or
+      "layer_type", every output of dense layers and the matrix of convolutions; also a tree of
+      these, see `spectral_newton`.
     weight_dimension_numbers: See `spectral_newton`.
 
   Returns:
     A stateless `GradientTransformation`. A zero update stays zero.
 
   Raises:
-    ValueError: At construction, for an unknown `rms_of`.
+    ValueError: At construction, for an unknown word as `rms_of`; in `update`, for a tree that
+      does not fit, with the parameter's path and shape.
   """
   update_size.check(rms_of)
 
   def update_fn(updates, state, params=None):
     del params
     views = layout.matrix_views(updates, weight_dimension_numbers)
+    sizes = update_size.resolve(rms_of, updates, views)
     new = layout.leaves_by_path(updates)
     for path, view in views.items():
       x = new[path]
       wide = x.astype(_compute_dtype(x.dtype))
-      scaled = update_size.to_rms(wide, rms, rms_of, view.reduction_axes, view.output_axes)
+      scaled = update_size.to_rms(wide, rms, sizes[path], view.reduction_axes, view.output_axes)
       new[path] = scaled.astype(x.dtype)
     return jax.tree.unflatten(jax.tree.structure(updates), list(new.values())), state
 
@@ -561,7 +566,7 @@ def scale_by_spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
-  rms_of: str = 'matrix',
+  rms_of: Any = 'matrix',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
   mesh: Any = None,
   work_axes: str | Sequence[str] | None = None,

@@ -1,21 +1,65 @@
 """The size of an update: one root mean square for a matrix, or for each of its outputs."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-OF = ('matrix', 'output')
+from spectral_optax import layout
+
+OF = ('matrix', 'output', 'layer_type')
 
 # An output whose update is smaller than this, in root mean squares of the matrix's, is held
 # back: a unit that is dead, whose momentum dies away, shall not go on at full speed.
 HELD_BACK = 0.3
 
 
-def check(of: str) -> None:
-  """Raises ValueError for an unknown `rms_of`."""
+def of_layer_type(layer_type: str | None) -> str:
+  """What has one size in a layer of this type, "matrix" or "output", with "layer_type".
+
+  Convolutions gain nothing by outputs of one size, and where nothing normalises, lose.
+  """
+  return 'matrix' if layer_type == 'conv' else 'output'
+
+
+def check(of: Any) -> None:
+  """Raises ValueError for an unknown word; a tree or a function waits for the parameters."""
+  if isinstance(of, str):
+    _check_word(of, 'rms_of')
+
+
+def _check_word(of: Any, where: str) -> None:
   if of not in OF:
-    raise ValueError(f'rms_of must be one of {", ".join(map(repr, OF))}, got {of!r}.')
+    raise ValueError(f'{where} must be one of {", ".join(map(repr, OF))}, got {of!r}.')
+
+
+def resolve(of: Any, params: Any, views: Mapping[str, layout.MatrixView]) -> dict[str, str]:
+  """For each matrix "matrix" or "output": what of it has one size.
+
+  Args:
+    of: See `scale_to_rms`.
+    params: The parameter tree, as it was when `views` were made.
+    views: The matrices, by path.
+
+  Raises:
+    ValueError: an unknown word, a tree that does not match, a matrix without a value.
+  """
+  tree = of(params) if layout.is_function(of) else of
+  entries = layout.match_prefix(layout.leaves_by_path(tree), params, 'rms_of')
+  for path, view in views.items():
+    of_view = f'{path!r} with shape {view.shape}'
+    if path not in entries:
+      raise ValueError(f'rms_of has no value for the matrix {of_view}. Give one ("" is for all).')
+    _check_word(entries[path], f'rms_of of {of_view}')
+  if 'layer_type' not in entries.values():
+    return {path: entries[path] for path in views}
+  types = layout.layer_types_by_path(params)
+  return {
+    path: of_layer_type(types[path]) if entries[path] == 'layer_type' else entries[path]
+    for path in views
+  }
 
 
 def to_rms(

@@ -281,6 +281,63 @@ def test_every_output_has_the_stated_size():
       assert np.abs(exact - 0.15 * raw[name]['kernel'] / matrix).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+  ('rms_of', 'of_matrix'),
+  [
+    ('layer_type', ['Conv_0']),
+    ({'': 'output', 'Dense_0': 'matrix', 'layers': 'layer_type'}, ['Dense_0']),
+    (lambda params: {name: 'matrix' for name in params if name != 'Conv_0'} | {'Conv_0': 'output'},
+     ['layers', 'Dense_0', 'Dense_1', 'head']),
+  ],
+)  # fmt: skip
+def test_what_has_a_size_may_differ_between_layers(rms_of, of_matrix):
+  """Also of layers whose matrices are of one shape, and are solved as one batch."""
+  params = mixed_params()
+  params['Dense_2'] = params['Dense_0']
+  if callable(rms_of):
+    of_matrix = [*of_matrix, 'Dense_2']
+  grads = random_like(params)
+  how = {'momentum': 0.0, 'damping': 'constant', 'solver': 'gram'}
+  found = {}
+  for each in ('matrix', 'output', rms_of):
+    tx = spectral_optax.spectral_newton(-1.0, rms_of=each, **how)
+    found[each if isinstance(each, str) else 'own'], _ = jax.jit(tx.update)(
+      grads, tx.init(params), params
+    )
+  own = found.get('own', found.get('layer_type'))
+  for name in params.keys() - {'scale'}:
+    as_said, other = ('matrix', 'output') if name in of_matrix else ('output', 'matrix')
+    kernel = own[name]['kernel']
+    np.testing.assert_allclose(kernel, found[as_said][name]['kernel'], rtol=1e-4, atol=1e-6)
+    assert np.abs(kernel - found[other][name]['kernel']).max() > 1e-3, name
+  # The transformations beneath it read the words themselves.
+  kernels = {name: {'kernel': grads[name]['kernel']} for name in params if name != 'scale'}
+  scaled, _ = spectral_optax.scale_to_rms(rms_of=rms_of).update(kernels, optax.EmptyState())
+  for name in kernels:
+    each = 'matrix' if name in of_matrix else 'output'
+    one, _ = spectral_optax.scale_to_rms(rms_of=each).update(kernels, optax.EmptyState())
+    np.testing.assert_array_equal(scaled[name]['kernel'], one[name]['kernel'])
+
+
+@pytest.mark.parametrize(
+  ('rms_of', 'message'),
+  [
+    ({'head': 'output'}, r"no value for the matrix 'Conv_0/kernel' with shape \(3, 3, 2, 6\)"),
+    ({'': 'matrix', 'head': 'row'}, r"of 'head/kernel' with shape \(4, 3\) must be one of"),
+    ({'': 'matrix', 'tail': 'output'}, "no parameter"),
+    (None, "no value for the matrix"),
+  ],
+)  # fmt: skip
+def test_a_size_that_does_not_fit_the_parameters(rms_of, message):
+  params = mixed_params()
+  for tx in (
+    spectral_optax.spectral_newton(0.1, rms_of=rms_of),
+    spectral_optax.scale_by_spectral_newton(rms_of=rms_of),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tx.init(params)
+
+
 def test_an_output_that_dies_away_is_held_back():
   """Equal outputs have the size that is asked for; much smaller ones less, as much as they are."""
   u = {'kernel': np.float32(np.random.default_rng(0).choice([-1.0, 1.0], (50, 6)))}
@@ -309,7 +366,8 @@ def test_an_output_that_dies_away_is_held_back():
   ],
 )
 def test_unknown_owner_of_the_size(build):
-  with pytest.raises(ValueError, match="rms_of must be one of 'matrix', 'output', got 'column'"):
+  words = "rms_of must be one of 'matrix', 'output', 'layer_type', got 'column'"
+  with pytest.raises(ValueError, match=words):
     build(rms_of='column')
 
 

@@ -154,6 +154,20 @@ def test_every_way_to_divide(options, shapes):
       np.testing.assert_allclose(getattr(there, name)[path], x, rtol=2e-4, atol=1e-6)
 
 
+def test_matrices_of_which_other_things_have_a_size():
+  """Some of each kind, of one shape and in one place."""
+  tree = {k: x * np.float32(range(1, 13)) for k, x in matrices(*((16, 12),) * 5).items()}
+  rms_of = {'': 'output', 'w1': 'matrix', 'w4': 'matrix'}
+  tx = spectral_optax.scale_by_spectral_transfer(
+    solver='polynomial', update_rms=0.3, rms_of=rms_of
+  )
+  specs = dict.fromkeys(tree, P('x', 'y'))
+  (want, _), (got, _) = both(tx, tree, specs, make_mesh(AxisType.Explicit))
+  assert_close(got, want, rtol=3e-5)
+  spread = {k: np.std(np.std(x, axis=0)) / np.std(x) for k, x in got.items()}
+  assert max(spread[k] for k in ('w0', 'w2', 'w3')) < 0.6 * min(spread[k] for k in ('w1', 'w4'))
+
+
 # The last one has none: matrices with and without are not of one piece. Nine in the same place
 # are two or more on every device.
 @pytest.mark.parametrize('solver', ['polynomial', 'svd'])
