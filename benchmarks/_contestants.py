@@ -388,6 +388,11 @@ def kfac(problem: Problem) -> Trainer:
   return start, advance
 
 
+def has_convolutions(problem: Problem) -> bool:
+  """Whether any matrix is one."""
+  return 'conv' in problem.types.values()
+
+
 def has_no_state(problem: Problem) -> bool:
   """Whether the network is its parameters alone, without running averages."""
   return not jax.tree.leaves(jax.eval_shape(problem.init, np.uint32(0))[1])
@@ -453,6 +458,7 @@ PROGRAMS = {
   ),
   'noise': Program(noise),
   'noise_by_output': Program(functools.partial(noise, rms_of='output')),
+  'noise_by_type': Program(functools.partial(noise, rms_of='layer_type')),
   'noise_of_alpha': Program(functools.partial(noise, any_alpha=True)),
   'contramuon': _rollfast('contramuon', 'beta1'),
   'normuon': _rollfast('normuon', 'beta1'),
@@ -651,20 +657,27 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
     Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 2),
     Contestant(
       'spectral_newton',
+      'noise_by_type',
+      'Spectral Newton, defaults: α = 1.5, σ* from the noise, dense outputs of one size',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+    ),
+    Contestant(
+      'by_matrix',
       'noise',
-      'Spectral Newton, defaults: α = 1.5, σ* from the noise',
+      'Spectral Newton, defaults but rms_of="matrix"',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
     ),
     Contestant(
       'by_output',
       'noise_by_output',
-      'Spectral Newton, defaults and rms_of="output"',
+      'Spectral Newton, defaults but rms_of="output"',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      possible=has_convolutions,  # Elsewhere, the defaults.
     ),
     Contestant(
       'constant',
       'spectral_newton',
-      'Spectral Newton, constant damping',
+      'Spectral Newton, constant damping, rms_of="matrix"',
       numbers=constant_numbers,
     ),
     Contestant(
@@ -692,7 +705,7 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'spectral_newton',
       'Spectral Newton, α = 1.5, σ* = 0.04 in every layer',
       numbers=lambda *_: {'alpha': 1.5, 'turn': 0.04, 'momentum': DEFAULT_MOMENTUM},
-      possible=lambda problem: 'conv' in problem.types.values(),  # Elsewhere, 'constant'.
+      possible=has_convolutions,  # Elsewhere, 'constant'.
     ),
     Contestant(
       'published',

@@ -315,12 +315,12 @@ def cost_note(content: Mapping[str, Any]) -> str:
 
 BEGIN = '<!-- convergence: from here on made by benchmarks/convergence.py --report -->'
 END = '<!-- convergence: to here -->'
-SHOWN = ('adamw', 'muon', 'spectral_newton', 'constant', 'shampoo', 'soap', 'kfac')
+SHOWN = ('adamw', 'muon', 'spectral_newton', 'by_matrix', 'constant', 'shampoo', 'soap', 'kfac')
 NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normalisation',
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
 DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
 # Programs that are ours.
-SPECTRAL = ('spectral_newton', 'measured_online', 'noise', 'noise_by_output')
+SPECTRAL = ('spectral_newton', 'measured_online', 'noise', 'noise_by_output', 'noise_by_type')
 ROLLFAST = ('contramuon', 'normuon', 'contranormuon', 'aurora', 'aurora_0.9', 'prism', 'psgd_kron')
 
 
@@ -329,7 +329,8 @@ def readme_part(content: Mapping[str, Any]) -> str:
   tasks = {name: (task, summary(task)) for name, task in content['tasks'].items()}
   heads = {
     'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
-    'constant': 'constant damping', 'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
+    'by_matrix': '`rms_of="matrix"`', 'constant': 'and constant damping',
+    'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
   }  # fmt: skip
   there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
 

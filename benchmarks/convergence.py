@@ -555,7 +555,8 @@ def merged(before: dict[str, Any], found: dict[str, Any], names: Iterable[str]) 
   for name in names:
     old, new = (of['contestants'].get(name) for of in (before, found))
     if not old or not new:
-      contestants |= {name: of for of in (old, new) if of}
+      if of := old or new:
+        contestants[name] = of
       continue
     contestants[name] = dict(new)
     if all(old['tuned'][of] == new['tuned'][of] for of in ('rate', 'knob')):
@@ -816,7 +817,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     names = [contestant.name for contestant in args.everyone]
     for name in set(before) & set(content['tasks']):
       # As it is read, without tuples.
-      found = json.loads(json.dumps(_finite(content['tasks'][name])))
+      found = json.loads(json.dumps(content['tasks'][name]))
       content['tasks'][name] = merged(before[name], found, names)
     content['tasks'] = before | content['tasks']
   write_json(args.output, content)

@@ -318,7 +318,8 @@ def scale_by_spectral_transfer(
       state = state._replace(fits=jnp.zeros([]))
     elif rule:  # As many numbers as an update, of matrices that are whole, would make.
       found = measured_now(state, values)
-      step = lambda p: transfer(p, noise_of(views, found, p), state, views, found, dtypes, sizes, None)
+      of_views = views, found, dtypes, sizes
+      step = lambda p: transfer(p, noise_of(views, found, p), state, *of_views, None)
       made = jax.eval_shape(step, params)
       state = state._replace(fits=jnp.zeros(made[1].fits.shape, widest))
     return state
@@ -566,7 +567,7 @@ def scale_by_spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
-  rms_of: Any = 'matrix',
+  rms_of: Any = 'layer_type',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
   mesh: Any = None,
   work_axes: str | Sequence[str] | None = None,

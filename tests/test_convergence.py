@@ -54,7 +54,8 @@ def test_a_run_leaves_all_and_goes_on_where_it_was(small, tmp_path, capsys, monk
   small.main(command)
   # Fourteen trials on two seeds each, and two seeds that are reported: these see test data.
   assert batches == [
-    ('muon', 28, False), ('muon', 2, True), ('noise', 28, False), ('noise', 2, True),
+    ('muon', 28, False), ('muon', 2, True), ('noise_by_type', 28, False),
+    ('noise_by_type', 2, True),
   ]  # fmt: skip
   content = json.loads(output.read_text())
   found = content['tasks']['mlp-digits']['contestants']
@@ -88,6 +89,62 @@ def test_a_run_leaves_all_and_goes_on_where_it_was(small, tmp_path, capsys, monk
   again = json.loads(output.read_text())['tasks']['mlp-digits']['contestants']
   # Alone, and not one of many: the same training.
   assert again['muon']['runs'][1]['test_loss'] == pytest.approx(second, rel=1e-3)
+
+  # Where none of it has been trained, what is added goes to what is there.
+  command[command.index('--work') + 1] = str(tmp_path / 'elsewhere')
+  small.main([*command, '--contestants', 'muon', '--seeds', '2'])
+  added = json.loads(output.read_text())['tasks']['mlp-digits']['contestants']
+  assert added['spectral_newton'] == again['spectral_newton']
+  assert added['muon']['runs'][:2] == again['muon']['runs']
+  assert [run['seed'] for run in added['muon']['runs']] == [0, 1, 2]
+
+
+def test_what_is_merged(convergence):
+  """By contestant, seed, cell and momentum; nothing of another task, and no other rate's runs."""
+  run = lambda seed, loss: {'seed': seed, 'test_loss': loss}
+  of = lambda rate, *runs, cost=None: {
+    'tuned': {'rate': rate, 'knob': None}, 'runs': list(runs), 'cost': cost
+  }  # fmt: skip
+  cell = lambda alpha, loss: {
+    'alpha': alpha, 'alpha_end': alpha, 'turn': 0.1, 'momentum': 0.9, 'losses': {'200': loss}
+  }  # fmt: skip
+  before = {
+    'task': {'name': 'a', 'steps': 4},
+    'contestants': {
+      'gone': of(0.1, run(0, 9.0)),
+      'new': of(0.1, run(0, 1.0), run(1, 1.0), cost={'milliseconds': 3.0}),
+      'tuned_anew': of(0.1, run(0, 1.0)),
+      'kept': of(0.2, run(0, 4.0)),
+    },
+    'cells': [cell(1, 0.5), cell(2, 0.6)],
+    'references': {'muon': {'rate': 0.1}},
+    'momenta': {'0.9': {'Muon': {'rate': 0.1}}, '0.8': {'Muon': {'rate': 0.1}}},
+  }
+  found = {
+    'task': {'name': 'a', 'steps': 4},
+    'contestants': {
+      'new': of(0.1, run(1, 2.0), run(2, 2.0)), 'tuned_anew': of(0.3, run(1, 2.0))
+    },
+    'cells': [cell(2, 0.7)],
+    'references': {'adamw': {'rate': 0.2}},
+    'momenta': {'0.8': {'ours': {'rate': 0.3}}},
+  }  # fmt: skip
+  names = ['kept', 'new', 'tuned_anew', 'never_run']
+  assert convergence.merged(before, found, names) == {
+    'task': found['task'],
+    'contestants': {
+      'kept': of(0.2, run(0, 4.0)),
+      'new': of(0.1, run(0, 1.0), run(1, 2.0), run(2, 2.0), cost={'milliseconds': 3.0}),
+      'tuned_anew': of(0.3, run(1, 2.0)),
+    },
+    'cells': [cell(1, 0.5), cell(2, 0.7)],
+    'references': {'muon': {'rate': 0.1}, 'adamw': {'rate': 0.2}},
+    'momenta': {
+      '0.8': {'Muon': {'rate': 0.1}, 'ours': {'rate': 0.3}}, '0.9': {'Muon': {'rate': 0.1}}
+    },
+  }  # fmt: skip
+  other = found | {'task': {'name': 'a', 'steps': 8}}
+  assert convergence.merged(before, other, names) == other
 
 
 def test_a_map_and_exponents_that_move(small, tmp_path, monkeypatch, capsys):
@@ -165,8 +222,9 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
   ('name', 'options'),
   [
     ('spectral_newton', {}),
+    ('by_matrix', {'rms_of': 'matrix'}),
     ('by_output', {'rms_of': 'output'}),
-    ('constant', {'damping': 'constant'}),
+    ('constant', {'damping': 'constant', 'rms_of': 'matrix'}),
   ],
 )
 def test_contestants_of_defaults_are_what_a_user_gets(convergence, name, options):
@@ -209,8 +267,8 @@ def test_contestants_are_tuned_alike(convergence):
   measured = {'mlp-digits': {'network': network, 'before': found, 'early': found}}
   everyone = contestants.contestants(measured)
   for contestant in everyone.values():
-    # Only convolutions tell that one from the defaults, and here are none.
-    assert contestant.can_run(problem) == (contestant.name != 'one_turn')
+    # Only convolutions tell these from the defaults, and here are none.
+    assert contestant.can_run(problem) == (contestant.name not in ('one_turn', 'by_output'))
     grid = contestant.grid()
     assert len(set(grid)) == contestants.TRIALS
     seen = sorted({rate for rate, _ in grid})

@@ -158,9 +158,7 @@ def test_matrices_of_which_other_things_have_a_size():
   """Some of each kind, of one shape and in one place."""
   tree = {k: x * np.float32(range(1, 13)) for k, x in matrices(*((16, 12),) * 5).items()}
   rms_of = {'': 'output', 'w1': 'matrix', 'w4': 'matrix'}
-  tx = spectral_optax.scale_by_spectral_transfer(
-    solver='polynomial', update_rms=0.3, rms_of=rms_of
-  )
+  tx = spectral_optax.scale_by_spectral_transfer(solver='polynomial', update_rms=0.3, rms_of=rms_of)
   specs = dict.fromkeys(tree, P('x', 'y'))
   (want, _), (got, _) = both(tx, tree, specs, make_mesh(AxisType.Explicit))
   assert_close(got, want, rtol=3e-5)
