@@ -418,6 +418,7 @@ class Program:
       `advance` in Python, of one lane.
     possible: On which tasks.
     period: Of what is done now and then, in steps, on a task.
+    timed_as: A program whose steps are known to take as long, and as many FLOPs.
   """
 
   build: Callable[[Problem, Any], optax.GradientTransformation] | None
@@ -426,6 +427,7 @@ class Program:
   trainer: Callable[[Problem], Trainer] | None = None
   possible: Callable[[Problem], bool] = lambda problem: True
   period: Callable[[Problem], int] = lambda problem: 1
+  timed_as: str = ''
 
 
 def _installed(name: str) -> bool:
@@ -457,8 +459,9 @@ PROGRAMS = {
     measured_online, one_by_one=True, period=lambda problem: problem.task.every
   ),
   'noise': Program(noise),
-  'noise_by_output': Program(functools.partial(noise, rms_of='output')),
-  'noise_by_type': Program(functools.partial(noise, rms_of='layer_type')),
+  # One hundredth longer at the most, timed side by side.
+  'noise_by_output': Program(functools.partial(noise, rms_of='output'), timed_as='noise'),
+  'noise_by_type': Program(functools.partial(noise, rms_of='layer_type'), timed_as='noise'),
   'noise_of_alpha': Program(functools.partial(noise, any_alpha=True)),
   'contramuon': _rollfast('contramuon', 'beta1'),
   'normuon': _rollfast('normuon', 'beta1'),

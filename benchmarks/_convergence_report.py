@@ -301,7 +301,8 @@ def cost_note(content: Mapping[str, Any]) -> str:
     f' {versions}), contestants in turns, what is done every few steps at its share. A package that'
     " needs another version of JAX was timed beside AdamW there: its time is AdamW's here and what"
     ' it takes beyond that. Where one was'
-    ' not timed, that of one with the same program, and an α that moves or does not like its own.'
+    ' not timed, that of one with the same program (or one that differs in `rms_of`, which takes up'
+    ' to a hundredth longer), and an α that moves or does not like its own.'
     ' Seconds: these times the steps, whatever machine the curves come from. FLOPs: products and'
     ' convolutions as written, forward, backward and update; ">" where decompositions or a loop'
     " that the data end are not in them. XLA's own count is not used: it takes one round of a"

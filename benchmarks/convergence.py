@@ -578,6 +578,18 @@ def merged(before: dict[str, Any], found: dict[str, Any], names: Iterable[str]) 
   }
 
 
+def priced(
+  problem: _problems.Problem,
+  found: dict[str, Any],
+  everyone: Iterable[_contestants.Contestant],
+) -> None:
+  """Those without a price have that of one with the same step, where it has one."""
+  cost = {name: of['cost'] for name, of in found.items() if of['cost']}
+  for contestant in everyone:
+    if contestant.name in found and contestant.name not in cost:
+      found[contestant.name]['cost'] = cost_of(problem, contestant, everyone, cost)
+
+
 def read_cost(work: pathlib.Path, task: _problems.Task) -> dict[str, Any]:
   """By contestant, what `time_all` has found of a task."""
   path = work / task.name / 'cost.json'
@@ -591,10 +603,11 @@ def cost_of(
   cost: dict[str, Any],
 ) -> dict[str, Any] | None:
   """That of a contestant, or of one with the same step: program, and α that moves or does not."""
+  step = lambda of: _contestants.PROGRAMS[of.program].timed_as or of.program
   moves = lambda of: 'alpha_end' in of.lane(problem, 0, *of.grid()[0])
   for other in (contestant, *everyone):
     known = other.name in cost and other.can_run(problem)
-    if known and other.program == contestant.program and moves(other) == moves(contestant):
+    if known and step(other) == step(contestant) and moves(other) == moves(contestant):
       found = {**cost[other.name], 'of': other.name}
       if BASE in cost and 'beyond_base' in found:
         found['milliseconds'] = cost[BASE]['milliseconds'] + found['beyond_base']
@@ -815,10 +828,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   if args.output.is_file():
     before = json.loads(args.output.read_text('utf-8')).get('tasks', {})
     names = [contestant.name for contestant in args.everyone]
-    for name in set(before) & set(content['tasks']):
-      # As it is read, without tuples.
-      found = json.loads(json.dumps(content['tasks'][name]))
-      content['tasks'][name] = merged(before[name], found, names)
+    for name, problem in zip(list(content['tasks']), problems, strict=True):
+      if name in before:
+        # As it is read, without tuples.
+        found = json.loads(json.dumps(content['tasks'][name]))
+        found = content['tasks'][name] = merged(before[name], found, names)
+        priced(problem, found['contestants'], args.everyone)
     content['tasks'] = before | content['tasks']
   write_json(args.output, content)
   if args.tables:

@@ -469,6 +469,13 @@ def test_the_price_of_a_step(small, tmp_path, monkeypatch):
   assert of('dynmuon') == {'flops': 1.0, 'of': 'falling'}
   assert of('alpha_2') is None
   assert of('adamw') is None
+  assert of('by_matrix') is of('spectral_newton') is None
+  known['by_matrix'] = {'flops': 2.0}
+  assert of('spectral_newton') == {'flops': 2.0, 'of': 'by_matrix'}
+  contestants = {name: {'cost': known.get(name)} for name in ('spectral_newton', 'by_matrix')}
+  small.priced(problem, contestants, everyone.values())
+  assert contestants['spectral_newton']['cost'] == of('spectral_newton')
+  assert contestants['by_matrix']['cost'] == known['by_matrix']
   # In another process, with another JAX: what a step takes beyond AdamW's there, and AdamW's here.
   here, there = {'milliseconds': 5.0, 'flops': 1.0}, {'milliseconds': 9.0, 'beyond_base': 2.0}
   known = {'adamw': here, 'sgd': there, 'muon': {'milliseconds': 4.0}}
