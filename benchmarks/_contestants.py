@@ -660,27 +660,27 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
     Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 2),
     Contestant(
       'spectral_newton',
-      'noise_by_type',
-      'Spectral Newton, defaults: α = 1.5, σ* from the noise, dense outputs of one size',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
-    ),
-    Contestant(
-      'by_matrix',
       'noise',
-      'Spectral Newton, defaults but rms_of="matrix"',
+      'Spectral Newton, defaults: α = 1.5, σ* from the noise',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
     ),
     Contestant(
       'by_output',
       'noise_by_output',
-      'Spectral Newton, defaults but rms_of="output"',
+      'Spectral Newton, defaults and rms_of="output"',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
-      possible=has_convolutions,  # Elsewhere, the defaults.
+    ),
+    Contestant(
+      'by_layer',
+      'noise_by_type',
+      'Spectral Newton, defaults and rms_of="layer_type"',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      possible=has_convolutions,  # Elsewhere, 'by_output'.
     ),
     Contestant(
       'constant',
       'spectral_newton',
-      'Spectral Newton, constant damping, rms_of="matrix"',
+      'Spectral Newton, constant damping',
       numbers=constant_numbers,
     ),
     Contestant(

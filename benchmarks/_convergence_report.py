@@ -316,7 +316,7 @@ def cost_note(content: Mapping[str, Any]) -> str:
 
 BEGIN = '<!-- convergence: from here on made by benchmarks/convergence.py --report -->'
 END = '<!-- convergence: to here -->'
-SHOWN = ('adamw', 'muon', 'spectral_newton', 'by_matrix', 'constant', 'shampoo', 'soap', 'kfac')
+SHOWN = ('adamw', 'muon', 'spectral_newton', 'constant', 'shampoo', 'soap', 'kfac')
 NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normalisation',
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
 DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
@@ -330,8 +330,7 @@ def readme_part(content: Mapping[str, Any]) -> str:
   tasks = {name: (task, summary(task)) for name, task in content['tasks'].items()}
   heads = {
     'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
-    'by_matrix': '`rms_of="matrix"`', 'constant': 'and constant damping',
-    'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
+    'constant': 'constant damping', 'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
   }  # fmt: skip
   there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
 

@@ -567,7 +567,7 @@ def scale_by_spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
-  rms_of: Any = 'layer_type',
+  rms_of: Any = 'matrix',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
   mesh: Any = None,
   work_axes: str | Sequence[str] | None = None,

@@ -54,8 +54,7 @@ def test_a_run_leaves_all_and_goes_on_where_it_was(small, tmp_path, capsys, monk
   small.main(command)
   # Fourteen trials on two seeds each, and two seeds that are reported: these see test data.
   assert batches == [
-    ('muon', 28, False), ('muon', 2, True), ('noise_by_type', 28, False),
-    ('noise_by_type', 2, True),
+    ('muon', 28, False), ('muon', 2, True), ('noise', 28, False), ('noise', 2, True),
   ]  # fmt: skip
   content = json.loads(output.read_text())
   found = content['tasks']['mlp-digits']['contestants']
@@ -222,9 +221,9 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
   ('name', 'options'),
   [
     ('spectral_newton', {}),
-    ('by_matrix', {'rms_of': 'matrix'}),
     ('by_output', {'rms_of': 'output'}),
-    ('constant', {'damping': 'constant', 'rms_of': 'matrix'}),
+    ('by_layer', {'rms_of': 'layer_type'}),
+    ('constant', {'damping': 'constant'}),
   ],
 )
 def test_contestants_of_defaults_are_what_a_user_gets(convergence, name, options):
@@ -268,7 +267,7 @@ def test_contestants_are_tuned_alike(convergence):
   everyone = contestants.contestants(measured)
   for contestant in everyone.values():
     # Only convolutions tell these from the defaults, and here are none.
-    assert contestant.can_run(problem) == (contestant.name not in ('one_turn', 'by_output'))
+    assert contestant.can_run(problem) == (contestant.name not in ('one_turn', 'by_layer'))
     grid = contestant.grid()
     assert len(set(grid)) == contestants.TRIALS
     seen = sorted({rate for rate, _ in grid})
@@ -469,13 +468,13 @@ def test_the_price_of_a_step(small, tmp_path, monkeypatch):
   assert of('dynmuon') == {'flops': 1.0, 'of': 'falling'}
   assert of('alpha_2') is None
   assert of('adamw') is None
-  assert of('by_matrix') is of('spectral_newton') is None
-  known['by_matrix'] = {'flops': 2.0}
-  assert of('spectral_newton') == {'flops': 2.0, 'of': 'by_matrix'}
-  contestants = {name: {'cost': known.get(name)} for name in ('spectral_newton', 'by_matrix')}
+  assert of('by_output') is of('spectral_newton') is None
+  known['spectral_newton'] = {'flops': 2.0}
+  assert of('by_output') == {'flops': 2.0, 'of': 'spectral_newton'}
+  contestants = {name: {'cost': known.get(name)} for name in ('spectral_newton', 'by_output')}
   small.priced(problem, contestants, everyone.values())
-  assert contestants['spectral_newton']['cost'] == of('spectral_newton')
-  assert contestants['by_matrix']['cost'] == known['by_matrix']
+  assert contestants['by_output']['cost'] == of('by_output')
+  assert contestants['spectral_newton']['cost'] == known['spectral_newton']
   # In another process, with another JAX: what a step takes beyond AdamW's there, and AdamW's here.
   here, there = {'milliseconds': 5.0, 'flops': 1.0}, {'milliseconds': 9.0, 'beyond_base': 2.0}
   known = {'adamw': here, 'sgd': there, 'muon': {'milliseconds': 4.0}}

@@ -85,7 +85,7 @@ ROUNDING = 5e-5
   ],
 )
 def test_against_its_formula(how, within):
-  tx = spectral_optax.scale_by_spectral_newton(damping='noise', rms_of='matrix', **how)
+  tx = spectral_optax.scale_by_spectral_newton(damping='noise', **how)
   # A small tolerance in double precision: Gram matrices round more than that at σ* = 0.01.
   with jax.enable_x64('tolerance' in how):
     found, state = trained(tx, jax.tree.map(lambda x: jnp.asarray(x, float), gradients()))
@@ -98,8 +98,9 @@ def test_against_its_formula(how, within):
 
 
 def test_the_exponent_may_be_named():
-  how = {'solver': 'svd', 'rms_of': 'matrix'}
-  found, _ = trained(spectral_optax.scale_by_spectral_newton(1.2, 'noise', **how), gradients())
+  found, _ = trained(
+    spectral_optax.scale_by_spectral_newton(1.2, 'noise', solver='svd'), gradients()
+  )
   for name in SHAPES:
     np.testing.assert_allclose(found[name], expected(name, alpha=1.2), rtol=0, atol=ROUNDING)
 
