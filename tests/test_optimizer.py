@@ -319,6 +319,17 @@ def test_what_has_a_size_may_differ_between_layers(rms_of, of_matrix):
     np.testing.assert_array_equal(scaled[name]['kernel'], one[name]['kernel'])
 
 
+def test_the_type_of_a_layer_shows_in_the_whole_tree():
+  """Without its biases a stack of dense layers has the shape of a convolution."""
+  params = {'up': {'kernel': jnp.ones((3, 5, 4)), 'bias': jnp.ones((3, 4))}}
+  grads, found = random_like(params), {}
+  for rms_of in ('matrix', 'output', 'layer_type'):
+    tx = spectral_optax.spectral_newton(-1.0, damping='constant', rms_of=rms_of)
+    found[rms_of] = jax.jit(tx.update)(grads, tx.init(params), params)[0]['up']['kernel']
+  np.testing.assert_array_equal(found['layer_type'], found['output'])
+  assert np.abs(found['layer_type'] - found['matrix']).max() > 1e-2
+
+
 @pytest.mark.parametrize(
   ('rms_of', 'message'),
   [
