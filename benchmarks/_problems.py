@@ -7,6 +7,7 @@ are a flat dict by path, so that every package's optimizer can take them.
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -272,8 +273,18 @@ class Problem:
     self.types = {path: types[path] for path in self.matrices}
 
   def fingerprint(self) -> dict[str, Any]:
-    """What its trainings are known by."""
-    return {**self.task.fingerprint(), **({'half': True} if self._half else {})}
+    """What its trainings are known by; data too: the bytes are another text with every Python."""
+    half = {'half': True} if self._half else {}
+    return {**self.task.fingerprint(), 'data_sha1': self.data_sha1, **half}
+
+  @functools.cached_property
+  def data_sha1(self) -> str:
+    """Of all arrays, the first twelve digits."""
+    digest = hashlib.sha1()
+    for name, array in sorted(self._raw.items()):
+      digest.update(f'{name} {array.shape} {array.dtype}'.encode())
+      digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
 
   def _network(self, rngs: nnx.Rngs) -> nnx.Module:
     task, options = self.task, self.task.options

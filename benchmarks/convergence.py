@@ -488,7 +488,8 @@ def train_one(
 def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) -> dict[str, Any]:
   """All that the store has on a task, as the JSON keeps it."""
   task = problem.task
-  found: dict[str, Any] = {'task': {**task.fingerprint(), 'stage': task.stage}, 'contestants': {}}
+  what = {**task.fingerprint(), 'stage': task.stage, 'data_sha1': problem.data_sha1}
+  found: dict[str, Any] = {'task': what, 'contestants': {}}
   cost = read_cost(args.work, task)
   for contestant in args.everyone:
     best = tuned(problem, contestant, store) if contestant.can_run(problem) else None
@@ -798,6 +799,36 @@ def load_problems(args: argparse.Namespace) -> list[_problems.Problem]:
   ]
 
 
+def title(problem: _problems.Problem, args: argparse.Namespace) -> str:
+  """What the JSON calls a task, with the options that are not its own."""
+  options = {name: getattr(args, name) for name in ('batch_size', 'steps', 'width')}
+  own = [f', {name} {value:g}' for name, value in options.items() if value is not None]
+  return problem.task.name + ''.join(own)
+
+
+def on_the_same_data(
+  problems: Iterable[_problems.Problem], before: dict[str, Any], args: argparse.Namespace
+) -> list[_problems.Problem]:
+  """Without those that the JSON has on other data, where nothing is to be trained.
+
+  Raises:
+    SystemExit: something is, and its results would stand among those.
+  """
+  same = []
+  for problem in problems:
+    name = title(problem, args)
+    known = before.get(name, {}).get('task', {}).get('data_sha1', problem.data_sha1)
+    if known == problem.data_sha1:
+      same.append(problem)
+    elif not args.report:
+      raise SystemExit(
+        f'{args.output} has {name} on other data (sha1 {known}, here {problem.data_sha1}).'
+        ' The bytes are those of the standard library of the Python that runs this: take the same'
+        ' Python, a --data-file that was packed with it, other --tasks, or another --output.'
+      )
+  return same
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs the command line; returns what the JSON holds of the chosen tasks."""
   args = parse(argv)
@@ -811,30 +842,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   if args.measure:
     measure_all(problems, args)
     return {}
+  before = {}
+  if args.output.is_file():
+    before = json.loads(args.output.read_text('utf-8')).get('tasks', {})
+  problems = on_the_same_data(problems, before, args)
   store = Store(args.work)
   if args.time:
     time_all(problems, store, args)
   failed = [] if args.report or args.time else train_all(problems, store, args)
   content = {'tasks': {}, 'failed': failed, 'environment': environment()}
   content['notes'] = list(_contestants.NOTES)
+  names = [contestant.name for contestant in args.everyone]
   for problem in problems:
-    found = outcome(problem, store, args)
-    name = problem.task.name
-    for option in ('batch_size', 'steps', 'width'):
-      if (value := getattr(args, option)) is not None:
-        name += f', {option} {value:g}'
+    name, found = title(problem, args), outcome(problem, store, args)
+    if name in before:  # What is there already stays.
+      # As it is read, without tuples.
+      found = merged(before[name], json.loads(json.dumps(found)), names)
+      priced(problem, found['contestants'], args.everyone)
     content['tasks'][name] = found
-  # What is there already stays.
-  if args.output.is_file():
-    before = json.loads(args.output.read_text('utf-8')).get('tasks', {})
-    names = [contestant.name for contestant in args.everyone]
-    for name, problem in zip(list(content['tasks']), problems, strict=True):
-      if name in before:
-        # As it is read, without tuples.
-        found = json.loads(json.dumps(content['tasks'][name]))
-        found = content['tasks'][name] = merged(before[name], found, names)
-        priced(problem, found['contestants'], args.everyone)
-    content['tasks'] = before | content['tasks']
+  content['tasks'] = before | content['tasks']
   write_json(args.output, content)
   if args.tables:
     written = _convergence_report.write(content, args.output)

@@ -97,6 +97,24 @@ def test_a_run_leaves_all_and_goes_on_where_it_was(small, tmp_path, capsys, monk
   assert added['muon']['runs'][:2] == again['muon']['runs']
   assert [run['seed'] for run in added['muon']['runs']] == [0, 1, 2]
 
+  # Not what was trained on other data, which is another training too.
+  original = small._problems.load
+  changed = lambda *of: {k: v[::-1] for k, v in original(*of).items()}
+  monkeypatch.setattr(small._problems, 'load', changed)
+  written = output.read_text()
+  with pytest.raises(SystemExit, match='mlp-digits on other data'):
+    small.main(command)
+  small.main([*command, '--report'])
+  assert json.loads(output.read_text())['tasks'] == json.loads(written)['tasks']
+  problems = [
+    small._problems.Problem(small._problems.TASKS['mlp-digits'], load('digits'), together=True)
+    for load in (original, changed)
+  ]
+  store, lane = small.Store(work), {'seed': 0, 'rate': 0.01}
+  store.add(problems[0], 'muon', [lane], [{'test_loss': 1.0}])
+  assert store.get(problems[0], 'muon', lane)['test_loss'] == 1
+  assert store.get(problems[1], 'muon', lane) is None
+
 
 def test_what_is_merged(convergence):
   """By contestant, seed, cell and momentum; nothing of another task, and no other rate's runs."""
