@@ -283,7 +283,7 @@ class Problem:
     digest = hashlib.sha1()
     for name, array in sorted(self._raw.items()):
       digest.update(f'{name} {array.shape} {array.dtype}'.encode())
-      digest.update(np.ascontiguousarray(array))
+      digest.update(array.tobytes())
     return digest.hexdigest()[:12]
 
   def _network(self, rngs: nnx.Rngs) -> nnx.Module:
