@@ -17,10 +17,7 @@ HELD_BACK = 0.3
 
 
 def of_layer_type(layer_type: str | None) -> str:
-  """What has one size in a layer of this type, "matrix" or "output", with "layer_type".
-
-  Convolutions gain nothing by outputs of one size, and where nothing normalises, lose.
-  """
+  """What has one size in a layer of this type, "matrix" or "output", with "layer_type"."""
   return 'matrix' if layer_type == 'conv' else 'output'
 
 
