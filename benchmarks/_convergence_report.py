@@ -532,6 +532,59 @@ def differences_figure(tasks: Mapping[str, Any]) -> Figure:
   return figure
 
 
+# Of the overview: what it is called, its colour.
+OVERVIEW = {
+  'spectral_newton': ('Spectral Newton', '#0072B2'),
+  'by_output': ('the same, rms_of="output"', '#56B4E9'),
+  'muon': ('Muon', '#D55E00'),
+  'aurora_0.9': ('Aurora', '#CC79A7'),
+  'contranormuon': ('Contra-NorMuon', '#CC79A7'),
+  'contramuon': ('Contra-Muon', '#CC79A7'),
+  'dynmuon': ("DynMuon's path", '#CC79A7'),
+  'soap': ('SOAP', '#999999'),
+  'shampoo': ('Shampoo', '#999999'),
+  'kfac': ('K-FAC', '#999999'),
+  'adamw': ('AdamW', '#009E73'),
+}
+COURSES = ('adamw', 'muon', 'spectral_newton')
+
+
+def overview_figure(tasks: Mapping[str, Any]) -> Figure:
+  """A column a task: test losses minus Muon's, seed by seed; under it how they get there."""
+  figure = Figure(figsize=(3.1 * len(tasks) + 1.2, 6.2), dpi=110, layout='constrained')
+  panels = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[1.15, 1])
+  every_name = [n for n in OVERVIEW if any(n in summary(task) for task in tasks.values())]
+  for (above, below), task in zip(panels.T, tasks.values(), strict=True):
+    rows, of = summary(task), task['task']
+    # One line a contestant, the same in every column; empty where it has not been trained.
+    for place, name in enumerate(every_name):
+      pair = (0.0, 0.0) if name == 'muon' else rows.get(name, {}).get('minus_muon')
+      if pair and math.isfinite(pair[0]):
+        half = 0 if math.isnan(pair[1]) else pair[1]
+        above.errorbar(pair[0], place, xerr=half, fmt='o', color=OVERVIEW[name][1], capsize=3)
+    above.axvline(0, color=OVERVIEW['muon'][1], linewidth=1)
+    above.set_ylim(len(every_name) - 0.5, -0.5)
+    labels = [OVERVIEW[n][0] for n in every_name] if above is panels[0, 0] else []
+    above.set_yticks(range(len(every_name)), labels or [''] * len(every_name))
+    above.grid(axis='y', alpha=0.3)
+    above.set_title(f'{NETWORKS[of["network"]]}\n{DATA[of["data"]]}', fontsize=10)
+    above.set_xlabel("test loss - Muon's")
+    ends = []
+    for name in (n for n in COURSES if n in rows):
+      losses = np.array([run['validation'] for run in task['contestants'][name]['runs']], float)
+      steps, mean = of['every'] * (1 + np.arange(losses.shape[1])), losses.mean(0)
+      below.plot(steps, mean, label=OVERVIEW[name][0], color=OVERVIEW[name][1])
+      ends += mean[len(mean) // 4 :].tolist()
+    finite = [x for x in ends if math.isfinite(x)]
+    if finite:
+      margin = 0.05 * (max(finite) - min(finite))
+      below.set_ylim(min(finite) - margin, max(finite) + margin)
+    below.set_xlabel('step')
+  panels[1, 0].set_ylabel('validation loss')
+  panels[1, 0].legend(fontsize=8)
+  return figure
+
+
 def write(content: Mapping[str, Any], output: pathlib.Path) -> list[pathlib.Path]:
   """Markdown and plots beside the JSON; their paths."""
   written = [output.with_suffix('.md')]
@@ -550,6 +603,7 @@ def write(content: Mapping[str, Any], output: pathlib.Path) -> list[pathlib.Path
   for name, of, draw in (
     ('curves', compared, curves_figure),
     ('differences', beside_muon, differences_figure),
+    ('overview', beside_muon, overview_figure),
     ('map', mapped, map_figure),
   ):
     if of:

@@ -73,7 +73,7 @@ def test_a_run_leaves_all_and_goes_on_where_it_was(small, tmp_path, capsys, monk
   assert 'Muon (Optax)' in capsys.readouterr().out
   assert {p.name for p in output.parent.iterdir()} == {
     'convergence.json', 'convergence.md', 'convergence_curves.png',
-    'convergence_differences.png',
+    'convergence_differences.png', 'convergence_overview.png',
   }  # fmt: skip
 
   # What has been trained is not trained again; a line that was cut short is.
@@ -590,6 +590,42 @@ def test_every_map_is_drawn(convergence):
     np.testing.assert_allclose(axes.images[0].get_array(), [[1.1, 1.3], [1.6, 1.8]])
   # In two rows of three; what is left over is empty.
   assert sum(not axes.axison for axes in figure.axes) == 2
+
+
+def test_the_overview_shows_each_contestant_in_every_task_it_is_in(convergence):
+  report = convergence._convergence_report
+  run = lambda seed, loss: {
+    'seed': seed, 'test_loss': loss, 'test_accuracy': 0.5, 'train_loss': loss,
+    'validation': [loss + 1, loss], 'train': [loss, loss], 'validation_loss': loss,
+  }  # fmt: skip
+  of = lambda *losses: {
+    'what': 'x', 'program': 'x', 'knob': None, 'cost': None,
+    'tuned': {'rate': 0.1, 'knob': None, 'at_the_edge': False},
+    'runs': [run(seed, loss) for seed, loss in enumerate(losses)],
+  }  # fmt: skip
+  task = lambda network, data, **contestants: {
+    'task': {'network': network, 'data': data, 'every': 5, 'steps': 10},
+    'contestants': contestants, 'cells': [], 'references': {},
+  }  # fmt: skip
+  muon = of(1.0, 1.2)
+  tasks = {
+    'a': task('mlp', 'digits', muon=muon, spectral_newton=of(0.7, 0.9), soap=of(1.5, 1.7)),
+    'b': task('vit', 'fashion', muon=muon, spectral_newton=of(1.1, 1.3)),
+  }
+  figure = report.overview_figure(tasks)
+  above, below = figure.axes[:2], figure.axes[2:]
+  # In all columns one line a contestant: ours, Muon, SOAP.
+  assert [label.get_text() for label in above[0].get_yticklabels()] == [
+    'Spectral Newton', 'Muon', 'SOAP'
+  ]  # fmt: skip
+  for axes, points in zip(above, ([(-0.3, 0), (0, 1), (0.5, 2)], [(0.1, 0), (0, 1)]), strict=True):
+    drawn = [tuple(bars.lines[0].get_xydata()[0]) for bars in axes.containers]
+    np.testing.assert_allclose(drawn, points, atol=1e-12)
+  for axes, loss in zip(below, (0.8, 1.2), strict=True):
+    courses = {line.get_label(): line for line in axes.get_lines()}
+    assert courses.keys() == {'Muon', 'Spectral Newton'}
+    np.testing.assert_allclose(courses['Spectral Newton'].get_ydata(), [loss + 1, loss])
+    np.testing.assert_array_equal(courses['Muon'].get_xdata(), [5, 10])
 
 
 @pytest.mark.parametrize(
