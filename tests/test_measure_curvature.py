@@ -131,7 +131,7 @@ def test_network_of_the_benchmark_is_a_resnet_18(benchmark):
   assert np.sum([np.prod(view.shape) for view in views.values()]) == 11_164_352
 
 
-def test_readme_shows_the_committed_report():
+def test_docs_show_the_committed_report():
   path = ROOT / 'benchmarks' / 'results' / 'measure_curvature.json'
   report = curvature.CurvatureReport.from_json(path)
-  assert report.table(format='markdown') in (ROOT / 'README.md').read_text('utf-8')
+  assert report.table(format='markdown') in (ROOT / 'docs' / 'curvature.md').read_text('utf-8')
