@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 TARGET = 'muon'  # Whose final loss the others are timed to.
-COMPARED_WITH = ('adamw', 'muon')
+COMPARED_WITH = {'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'our defaults'}
 
 # ---------------------------------------------------------------------------------
 # Statistics
@@ -123,7 +123,8 @@ def plus_minus(pair: tuple[float, float] | None, digits: int, sign: str = '') ->
 
 def contestants_table(task: Mapping[str, Any]) -> str:
   """Of one task, the best first."""
-  columns = ['', 'seeds', 'test loss', '- AdamW', '- Muon', 'accuracy %', '- AdamW', '- Muon']
+  minus = [f'- {name}' for name in COMPARED_WITH.values()]
+  columns = ['', 'seeds', 'test loss', *minus, 'accuracy %', *minus]
   columns += ['training loss at the end', 'steps to Muon', 'ms a step', 's to Muon']
   columns += ['GFLOP to Muon', 'rate', 'knob']
   rows = []
