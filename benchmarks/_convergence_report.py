@@ -533,15 +533,20 @@ def differences_figure(tasks: Mapping[str, Any]) -> Figure:
   return figure
 
 
-# Of the overview: what it is called, its colour.
+# Of the overview, all rivals but SGD: what it is called, its colour.
 OVERVIEW = {
   'spectral_newton': ('Spectral Newton', '#0072B2'),
   'by_output': ('the same, rms_of="output"', '#56B4E9'),
   'muon': ('Muon', '#D55E00'),
-  'aurora_0.9': ('Aurora', '#CC79A7'),
+  'aurora_0.9': ('Aurora, momentum 0.9', '#CC79A7'),
+  'aurora': ('Aurora, momentum 0.95', '#CC79A7'),
   'contranormuon': ('Contra-NorMuon', '#CC79A7'),
   'contramuon': ('Contra-Muon', '#CC79A7'),
+  'normuon': ('NorMuon', '#CC79A7'),
+  'prism': ('PRISM', '#CC79A7'),
+  'muon_sqrt_alpha': ('Muon, rate × √α', '#CC79A7'),
   'dynmuon': ("DynMuon's path", '#CC79A7'),
+  'psgd_kron': ('PSGD Kron', '#999999'),
   'soap': ('SOAP', '#999999'),
   'shampoo': ('Shampoo', '#999999'),
   'kfac': ('K-FAC', '#999999'),
@@ -552,11 +557,12 @@ COURSES = ('adamw', 'muon', 'spectral_newton')
 
 def overview_figure(tasks: Mapping[str, Any]) -> Figure:
   """A column a task: test losses minus Muon's, seed by seed; under it how they get there."""
-  figure = Figure(figsize=(3.1 * len(tasks) + 1.2, 6.2), dpi=110, layout='constrained')
-  panels = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[1.15, 1])
-  every_name = [n for n in OVERVIEW if any(n in summary(task) for task in tasks.values())]
-  for (above, below), task in zip(panels.T, tasks.values(), strict=True):
-    rows, of = summary(task), task['task']
+  figure = Figure(figsize=(3.1 * len(tasks) + 1.2, 7.2), dpi=110, layout='constrained')
+  panels = figure.subplots(2, len(tasks), squeeze=False, height_ratios=[1.5, 1])
+  summaries = [summary(task) for task in tasks.values()]
+  every_name = [n for n in OVERVIEW if any(n in rows for rows in summaries)]
+  for (above, below), task, rows in zip(panels.T, tasks.values(), summaries, strict=True):
+    of = task['task']
     # One line a contestant, the same in every column; empty where it has not been trained.
     for place, name in enumerate(every_name):
       pair = (0.0, 0.0) if name == 'muon' else rows.get(name, {}).get('minus_muon')
@@ -565,8 +571,8 @@ def overview_figure(tasks: Mapping[str, Any]) -> Figure:
         above.errorbar(pair[0], place, xerr=half, fmt='o', color=OVERVIEW[name][1], capsize=3)
     above.axvline(0, color=OVERVIEW['muon'][1], linewidth=1)
     above.set_ylim(len(every_name) - 0.5, -0.5)
-    labels = [OVERVIEW[n][0] for n in every_name] if above is panels[0, 0] else []
-    above.set_yticks(range(len(every_name)), labels or [''] * len(every_name))
+    above.set_yticks(range(len(every_name)), [OVERVIEW[n][0] for n in every_name])
+    above.tick_params(labelleft=above is panels[0, 0])
     above.grid(axis='y', alpha=0.3)
     above.set_title(f'{NETWORKS[of["network"]]}\n{DATA[of["data"]]}', fontsize=10)
     above.set_xlabel("test loss - Muon's")

@@ -576,6 +576,8 @@ def test_what_the_readme_says(convergence, tmp_path):
   # The project's own has the marks.
   readme = (BENCHMARKS.parent / 'README.md').read_text('utf-8')
   assert readme.count(report.BEGIN) == readme.count(report.END) == 1
+  results = json.loads((BENCHMARKS / 'results' / 'convergence.json').read_text('utf-8'))
+  assert f'{report.BEGIN}\n\n{report.readme_part(results)}\n\n{report.END}' in readme
 
 
 def test_every_map_is_drawn(convergence):
