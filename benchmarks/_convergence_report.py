@@ -533,7 +533,7 @@ def differences_figure(tasks: Mapping[str, Any]) -> Figure:
   return figure
 
 
-# Of the overview, all rivals but SGD and the control with scalar rates: what it is called, its colour.
+# Of the overview, all rivals but SGD and the control with scalar rates: names and colours.
 OVERVIEW = {
   'spectral_newton': ('Spectral Newton', '#0072B2'),
   'by_output': ('the same, rms_of="output"', '#56B4E9'),
