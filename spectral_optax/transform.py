@@ -454,16 +454,19 @@ def scale_by_spectral_transfer(
           spectra[at].append(spectrum[of].reshape(-1).astype(flat_basis.dtype))
         continue
       solved = solvers.solve_batches(of_dtype, fits=fits, **how)
-      for pieces, (results, spectrum) in zip(members[name], solved, strict=True):
-        for paths, matrices in zip(pieces, results, strict=True):
-          if update_rms is not None:
-            matrices = update_size.to_rms(matrices, update_rms, sizes[paths[0]])
-          begin = 0
-          for path in paths:
-            end = begin + number[path]
-            one = views[path].from_matrices(matrices[begin:end]).astype(leaves[path].dtype)
-            new[path] = layout.sharded_like(one, leaves[path])
-            begin = end
+      of_pieces = list(itertools.chain(*members[name]))
+      matrices = list(itertools.chain(*(results for results, _ in solved)))
+      if update_rms is not None:
+        of = [sizes[paths[0]] for paths in of_pieces]
+        matrices = update_size.each_to_rms(matrices, update_rms, of)
+      for paths, piece in zip(of_pieces, matrices, strict=True):
+        begin = 0
+        for path in paths:
+          end = begin + number[path]
+          one = views[path].from_matrices(piece[begin:end]).astype(leaves[path].dtype)
+          new[path] = layout.sharded_like(one, leaves[path])
+          begin = end
+      for _, spectrum in solved:
         for of, value in zip(spectra.values(), spectrum, strict=True):
           of.append(value.reshape(-1).astype(flat_basis.dtype))
     # By dtype, batches were kept in order.

@@ -1,11 +1,12 @@
 """The size of an update: one root mean square for a matrix, or for each of its outputs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectral_optax import layout
 
@@ -93,4 +94,29 @@ def to_rms(
   if of == 'output':
     outputs = mean_square(rows, shape[0], rows_over)
     mean = (outputs + HELD_BACK**2 * matrix) / (1 + HELD_BACK**2)
-  return jnp.where(matrix == 0, 0, rms / jnp.sqrt(jnp.where(matrix == 0, 1, mean))) * x
+  return _factor(rms, mean, matrix) * x
+
+
+def _factor(rms: float | jax.Array, mean: jax.Array, matrix: jax.Array) -> jax.Array:
+  """What brings a mean square to rms²; zero where that of the matrix is zero."""
+  return jnp.where(matrix == 0, 0, rms / jnp.sqrt(jnp.where(matrix == 0, 1, mean)))
+
+
+def each_to_rms(
+  xs: Sequence[jax.Array], rms: float | jax.Array, of: Sequence[str]
+) -> list[jax.Array]:
+  """`to_rms` of stacks (batch_i, rows_i, columns_i): all roots in one vector, less to compile."""
+  scaled = list(xs)
+  whole = [i for i, word in enumerate(of) if word == 'matrix']
+  for i in set(range(len(xs))) - set(whole):
+    scaled[i] = to_rms(xs[i], rms, of[i])
+  if whole:
+    count = [xs[i].shape[-2] * xs[i].shape[-1] for i in whole for _ in range(len(xs[i]))]
+    sums = [jnp.sum(jnp.square(xs[i]), axis=(-2, -1)) for i in whole]
+    mean = jnp.concatenate(sums) / np.asarray(count, sums[0].dtype)
+    # Without the barrier XLA takes the vector apart again.
+    factor = jax.lax.optimization_barrier(_factor(rms, mean, mean))
+    parts = jnp.split(factor, np.cumsum([len(x) for x in sums])[:-1])
+    for i, part in zip(whole, parts, strict=True):
+      scaled[i] = part[:, None, None] * xs[i]
+  return scaled

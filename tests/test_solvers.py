@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 import spectral_optax
 from spectral_optax import solvers
-from spectral_optax.solvers import _fitting, _inverse, _mixture, _spectrum
+from spectral_optax.solvers import _fitting, _inverse, _mixture, _products, _spectrum
 from tests import reference
 
 MATRICES = reference.matrices()
@@ -258,6 +258,41 @@ def test_sigma_max_from_a_cold_start(name):
 def test_sides_are_joined_where_that_is_cheap():
   assert solvers._joined({64: 100, 128: 1}) == {64: 64, 128: 128}
   assert solvers._joined({10: 1, 27: 1, 64: 5, 512: 3}) == {10: 64, 27: 64, 64: 64, 512: 512}
+  # What is so small that a batch of its own costs more; many of them are not.
+  assert solvers._joined({8: 1, 16: 2, 32: 1}) == {8: 32, 16: 32, 32: 32}
+  assert solvers._joined({8: 1, 16: 100, 32: 1}) == {8: 16, 16: 16, 32: 32}
+
+
+def test_a_batch_is_solved_as_its_side_is():
+  """At the side that it is padded to another method may be the cheapest."""
+  assert solvers.choose_solver('auto', 1.2, 0.1, 64, backend='cpu') == 'polynomial'
+  assert solvers.choose_solver('auto', 1.2, 0.1, 128, backend='cpu') == 'rational'
+  rng = np.random.default_rng(0)
+  shapes = (40, 128, 128), (1, 70, 64)
+  batches = [
+    solvers.Batch(
+      (jnp.asarray(rng.standard_normal(shape), jnp.float32),),
+      np.full(shape[0], 1.2),
+      np.full(shape[0], 0.1),
+      jnp.zeros((shape[0], shape[2], 1)),
+    )
+    for shape in shapes
+  ]
+  solve = lambda *batches: solvers.solve_batches(batches, normalize='rms', solver='auto')
+  text = str(jax.make_jaxpr(lambda *g: solve(*map(_with, batches, g)))(*map(_pieces, batches)))
+  assert 'f32[41,128,128]' in text  # All together.
+  for batch, ((update,), _) in zip(batches, solve(*batches), strict=True):
+    for got, g in zip(update, batch.matrices[0], strict=True):
+      bound = solvers.DEFAULT_TOLERANCE + FLOOR['rational']
+      assert reference.relative_error(got, reference.update(g, 1.2, 0.1)) <= bound
+
+
+def _pieces(batch):
+  return batch.matrices
+
+
+def _with(batch, matrices):
+  return batch._replace(matrices=matrices)
 
 
 @pytest.mark.parametrize('normalize', ['rms', 'spectral', 'frobenius', None])
@@ -282,6 +317,65 @@ def test_scale_free(solver, normalize, scale):
   exact = reference.update(g, 2, 0.1, normalize)
   estimate = 1e-3 if normalize == 'spectral' else 0
   assert reference.relative_error(apply(np.float32(scale) * g), exact) <= FLOOR[solver] + estimate
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_some_power_of_two_brings_every_norm_into_range(dtype):
+  exponents, bound = _products._ranges(dtype)
+  info = np.finfo(dtype)
+  # The norm of one entry, the smallest normal number, and of 10^8 that are the largest.
+  lowest, highest = np.log10(info.tiny), np.log10(info.max) + 4
+  powers = np.log10(2) * np.concatenate([exponents, [0]])
+  logs = 2 * (np.linspace(lowest, highest, 1001)[:, None] + powers)
+  assert (np.abs(logs) < np.log10(bound)).any(axis=1).all()
+  assert np.float64(bound) ** 2 < float(info.max) * 1e-3
+
+
+@pytest.mark.parametrize('exponent', [-110, -60, 60, 100])
+@pytest.mark.parametrize(('solver', 'alpha'), [('rational', 1.5), ('polynomial', 1.5)])
+def test_a_power_of_two_changes_no_digit(solver, alpha, exponent):
+  g = MATRICES['tall']
+  apply = jax.jit(functools.partial(spectral_optax.apply_transfer, alpha=alpha, solver=solver))
+  np.testing.assert_array_equal(apply(np.ldexp(g, exponent)), apply(g))
+
+
+@pytest.mark.parametrize('solver', ['rational', 'polynomial'])
+def test_derivative_at_any_scale(solver):
+  """The update is scale-free: its derivative goes with one over the scale."""
+  g, direction = MATRICES['tall'], np.ones_like(MATRICES['tall'])
+  apply = functools.partial(spectral_optax.apply_transfer, alpha=1.5, solver=solver)
+  forward = jax.jit(lambda g, d: jax.jvp(apply, (g,), (d,))[1])
+  backward = jax.jit(lambda g, d: jax.vjp(apply, g)[1](d)[0])
+  for scale in (2.0**-45, 2.0**45):  # Beyond, squares in the derivatives leave float32.
+    near = forward(g, direction)
+    size = np.abs(near).max()
+    scaled = np.float32(scale) * g, np.float32(scale) * direction
+    np.testing.assert_allclose(forward(*scaled), near, atol=1e-4 * size)
+    near = backward(g, direction)
+    size = np.abs(near).max()
+    np.testing.assert_allclose(scale * backward(scaled[0], direction), near, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize('solver', ['rational', 'polynomial'])
+def test_vmap_makes_no_more_products(solver):
+  """What is done for matrices out of range is a loop of no rounds there too, and no branch."""
+
+  def products(jaxpr):
+    count = 0
+    for equation in jaxpr.eqns:
+      count += equation.primitive.name == 'dot_general'
+      if equation.primitive.name != 'while':
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, 'eqns'))
+        count += sum(products(x) for x in inner if hasattr(x, 'eqns'))
+    return count
+
+  apply = functools.partial(spectral_optax.apply_transfer, alpha=1.5, solver=solver)
+  one = products(jax.make_jaxpr(apply)(jnp.ones((6, 4))).jaxpr)
+  several = products(jax.make_jaxpr(jax.vmap(apply))(jnp.ones((3, 6, 4))).jaxpr)
+  assert one == several > 0
+  g = np.stack([MATRICES['tall'], MATRICES['tall'] * np.float32(2.0**-80)])
+  updates = jax.jit(jax.vmap(apply))(g)
+  np.testing.assert_allclose(updates[1], updates[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('scale', [1e-25, 1e-6, 1e6, 1e15])

@@ -10,7 +10,6 @@ orientation, dtype, normalisation and bad numbers are dealt with here, once for 
 methods. A new solver is a new file and a line in `SOLVERS`.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,11 +31,11 @@ from spectral_optax.solvers import (
 from spectral_optax.solvers._fitting import terms
 from spectral_optax.solvers._perturbation import transpose
 from spectral_optax.solvers._problem import BFLOAT16_TOLERANCE, Fits, Problem, Solution, known
+from spectral_optax.solvers._products import GramMatrices, apply, is_wide
 from spectral_optax.solvers._spectrum import (
   SPECTRAL_SLACK,
   Spectrum,
   converge,
-  energy,
   follow,
   multiply_gram,
   multiply_twice,
@@ -259,53 +258,6 @@ class Batch(NamedTuple):
     return self.basis.shape[1]
 
 
-def _is_wide(matrix: jax.Array, split: Split = WHOLE, noisy: bool = False) -> bool:
-  """Whether the small Gram matrix is G Gᵀ; a square one's is quicker to compute so.
-
-  With noise it matters which of a square one's is taken: GᵀG, everywhere.
-  """
-  rows, columns = matrix.shape[-2:]
-  return not split.axes and (rows < columns or (rows == columns and not noisy))
-
-
-def _gram(matrix: jax.Array, wide: bool, half: bool = False) -> jax.Array:
-  """GᵀG or G Gᵀ, of the smaller side; `half`: of G rounded to bfloat16, off a CPU."""
-  equation = 'bij,bkj->bik' if wide else 'bji,bjk->bik'
-  multiply = functools.partial(jnp.einsum, equation, preferred_element_type=matrix.dtype)
-  exact = lambda x: multiply(x, x, precision='highest')
-  if not half:
-    return exact(matrix)
-
-  def rounded(x):  # Products of bfloat16 are exact in float32: the Gram matrix of that G.
-    x = x.astype(jnp.bfloat16)
-    return multiply(x, x)
-
-  return jax.lax.platform_dependent(matrix, cpu=exact, default=rounded)
-
-
-def _apply(matrix: jax.Array, f: jax.Array, wide: bool, half: bool = False) -> jax.Array:
-  """G f(GᵀG), or f(G Gᵀ) G; `half`: of G rounded to bfloat16, off a CPU."""
-
-  def multiply(matrix, f, **how):
-    left, right = (f, matrix) if wide else (matrix, f)
-    return jnp.matmul(left, right, **how)
-
-  exact = functools.partial(multiply, precision='highest')
-  if not half:
-    return exact(matrix, f)
-
-  def rounded(matrix, f):
-    # f is large where σ is small and small where it is large: eight bits of the one would
-    # drown the other, sixteen do not.
-    high = f.astype(jnp.bfloat16)
-    low = (f - high.astype(f.dtype)).astype(jnp.bfloat16)
-    how = {'preferred_element_type': f.dtype}
-    g = matrix.astype(jnp.bfloat16)
-    return multiply(g, high, **how) + multiply(g, low, **how)
-
-  return jax.lax.platform_dependent(matrix, f, cpu=exact, default=rounded)
-
-
 # What rounding G to bfloat16 moves its singular values by, in units of their root mean
 # square: 2⁻⁹/√3 an entry, and 1 + √(n/m) up to 2 for the norm of such a matrix.
 BFLOAT16_MOVES = 2.0**-8 / math.sqrt(3)
@@ -457,70 +409,6 @@ def _solve_pieces(
   return updates, whole
 
 
-# Between these bounds of ‖G‖²_F its fourth power is in float32, with room to spare.
-SAFE = 1e-14, 1e14
-
-
-def _grams(
-  batches: Sequence[Batch], n: int, half: bool, split: Split
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Gram matrices of all G / c, padded with zeros to n; their traces; c; which G are finite.
-
-  Those of noise are added to them.
-
-  c is one unless some G would leave float32: looking for it takes a pass over all of G,
-  and dividing by it two more.
-  """
-  matrices = [matrix for batch in batches for matrix in batch.matrices]
-  noises = [noise for batch in batches for noise in batch.noises]
-
-  def together(matrices, noises):
-    grams = []
-    for matrix, noise in zip(matrices, noises, strict=True):
-      wide = _is_wide(matrix, split, noise is not None)
-      gram = _gram(matrix, wide, half)
-      if noise is not None:
-        gram += _gram(noise, wide, half)
-      pad = (0, n - gram.shape[-1])
-      grams.append(jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram)
-    return split.total(jnp.concatenate(grams))
-
-  def with_scales(matrices, noises):
-    # This is compiled always, and hardly ever runs: products are quick to compile, so that
-    # G times a matrix scales it. A power of two changes no digit.
-    of = lambda x: jnp.max(jnp.abs(x), axis=(-2, -1))
-    largest = jnp.concatenate(
-      [
-        of(m) if n is None else jnp.maximum(of(m), of(n))
-        for m, n in zip(matrices, noises, strict=True)
-      ]
-    )
-    finite = split.all(jnp.isfinite(largest))  # NaN, if one is there.
-    largest = split.largest(jnp.where(finite, largest, 0))
-    scale = jnp.exp2(jnp.floor(jnp.log2(jnp.where(largest > 0, largest, 1))))
-    scaled, start = [], 0
-    for matrix, noise in zip(matrices, noises, strict=True):
-      end = start + len(matrix)
-      wide = _is_wide(matrix, split, noise is not None)
-      short = matrix.shape[-2 if wide else -1]
-      unit = jnp.eye(short, dtype=matrix.dtype)[None] / scale[start:end, None, None]
-      scaled.append([x if x is None else _apply(x, unit, wide) for x in (matrix, noise)])
-      start = end
-    scale, finite = split.mine(scale), split.mine(finite)
-    grams = jnp.where(finite[:, None, None], together(*zip(*scaled, strict=True)), 0)
-    return grams, energy(grams), scale, finite
-
-  def as_they_are(matrices, noises):
-    del matrices, noises
-    return grams, sums, jnp.ones_like(sums), jnp.isfinite(sums)
-
-  grams = together(matrices, noises)
-  sums = energy(grams)
-  # False for a NaN. All devices take the same branch: there are sums over them in it.
-  safe = split.all(jnp.all((sums > SAFE[0]) & (sums < SAFE[1])))
-  return jax.lax.cond(safe, as_they_are, with_scales, matrices, noises)
-
-
 def _solve_grams(
   batches: Sequence[Batch],
   method: Method,
@@ -554,7 +442,12 @@ def _solve_grams(
   if split.moved:
     share = split.mine(jnp.arange(len(side)) if share is None else share)
     side = split.mine(jnp.asarray(side))
-  gram_matrix, sums, c, finite = _grams(batches, n, half, split)
+  matrices = [matrix for batch in batches for matrix in batch.matrices]
+  noises = [noise for batch in batches for noise in batch.noises]
+  wide = [is_wide(x, split, noise is not None) for x, noise in zip(matrices, noises, strict=True)]
+  grams = GramMatrices(wide, n, half, split)
+  gram_matrix, sums, c = grams.in_range([matrices, noises])
+  finite = c > 0
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))
   basis = split.mine(jnp.concatenate([pad(batch.basis) for batch in batches]))
 
@@ -586,11 +479,12 @@ def _solve_grams(
     fits=fits,
   )
   f, error, _ = method.solve(problem)
-  ratio = participation_ratio(gram_matrix)
+  ratio = participation_ratio(gram_matrix, sums)
   if leading is None:
     leading = follow(multiply_gram(gram_matrix), basis)
   sigma_max = jnp.where(ratio > 0, c * leading.sigma[:, 0], 0)
-  whole = _reported(finite, ratio, sigma_max, error, leading.basis)
+  found = jnp.where(finite[:, None, None], leading.basis, 0)
+  whole = _reported(finite, ratio, sigma_max, error, found)
   f, whole = split.everyones(f), Spectrum(*map(split.everyones, whole))
   results, start = [], 0
   for batch in batches:
@@ -598,8 +492,11 @@ def _solve_grams(
     updates = []
     for matrix, noise in zip(batch.matrices, batch.noises, strict=True):
       end = start + len(matrix)
-      wide = _is_wide(matrix, split, noise is not None)
-      updates.append(_apply(matrix, f[start:end, : batch.small, : batch.small], wide, half))
+      small = batch.small
+      of_noise = noise is not None
+      updates.append(
+        apply(matrix, f[start:end, :small, :small], is_wide(matrix, split, of_noise), half)
+      )
       start = end
     spectrum = Spectrum(*(x[part] for x in whole))
     results.append((updates, spectrum._replace(basis=spectrum.basis[:, : batch.small])))
@@ -616,13 +513,19 @@ def _joint_share(batches: Sequence[Batch]) -> jax.Array | None:
   return jnp.concatenate(shares) if shares else None
 
 
+# Next to what there is otherwise, and by itself, what padding may add: see `_joined`.
+PADDING = 0.03
+OVERHEAD = 4 * 32**3
+
+
 def _joined(sides: Mapping[int, int]) -> dict[int, int]:
   """For each side, with how many matrices there are of it, the side it is padded to.
 
-  A batch of another size takes a while to compile, so that the next size is shared where
-  that adds less than `PADDING` of the work that there is, count · n³ in all.
+  A batch of another size takes a while to compile and some time to start its kernels, so that
+  the next size is shared where padding costs less: up to `PADDING` of the work that there is,
+  count · n³ in all, or `OVERHEAD`.
   """
-  total = sum(count * side**3 for side, count in sides.items())
+  allowed = max(PADDING * sum(count * side**3 for side, count in sides.items()), OVERHEAD)
   to: dict[int, int] = {}
   ordered = sorted(sides)
   waiting: list[int] = []
@@ -630,13 +533,10 @@ def _joined(sides: Mapping[int, int]) -> dict[int, int]:
     waiting.append(side)
     count = sum(sides[s] for s in waiting)
     follows = ordered[i + 1] if i + 1 < len(ordered) else None
-    if follows is None or count * follows**3 > PADDING * total:
+    if follows is None or count * follows**3 > allowed:
       to.update(dict.fromkeys(waiting, side))
       waiting = []
   return to
-
-
-PADDING = 0.03
 
 
 def solve_batches(
@@ -663,23 +563,32 @@ def solve_batches(
     an infinity in it gives an update, and a spectrum, of NaN, and a zero basis.
   """
   results: list[tuple[list[jax.Array], Spectrum] | None] = [None] * len(batches)
-  of_gram: dict[tuple[str, bool], list[int]] = {}
-  for i, batch in enumerate(batches):
-    name = choose_solver(
-      solver, batch.alpha, batch.damping, batch.small, normalize=normalize, tolerance=tolerance
+
+  def method_of(batch: Batch, side: int) -> str:
+    return choose_solver(
+      solver, batch.alpha, batch.damping, side, normalize=normalize, tolerance=tolerance
     )
+
+  of_gram: dict[bool, list[int]] = {}
+  for i, batch in enumerate(batches):
+    name = method_of(batch, batch.small)
     if SOLVERS[name].of_gram:
-      fixed = known(batch.alpha) and known(batch.damping)
-      of_gram.setdefault((name, fixed), []).append(i)
+      of_gram.setdefault(known(batch.alpha) and known(batch.damping), []).append(i)
     else:
       results[i] = _solve_pieces(batch, SOLVERS[name], normalize, tolerance, choose_rank)
-  for (name, _), places in of_gram.items():
+  for places in of_gram.values():
     counts: dict[int, int] = {}
     for i in places:
       counts[batches[i].small] = counts.get(batches[i].small, 0) + len(batches[i].alpha)
     to = _joined(counts)
-    for size in sorted(set(to.values())):
-      here = [i for i in places if to[batches[i].small] == size]
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i in places:
+      side = to[batches[i].small]
+      name = method_of(batches[i], side)
+      if not SOLVERS[name].of_gram:  # What is cheapest at that side is none of these.
+        name, side = method_of(batches[i], batches[i].small), batches[i].small
+      groups.setdefault((name, side), []).append(i)
+    for (name, _), here in sorted(groups.items(), key=lambda group: (group[0][1], group[0][0])):
       some = [batches[i] for i in here]
       solved = _solve_grams(some, SOLVERS[name], normalize, tolerance, fits)
       for i, result in zip(here, solved, strict=True):

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from spectral_optax.solvers._lapack import in_a_loop
 from spectral_optax.solvers._perturbation import transpose
 
-# Rows in a pivot of the loop; how many blocks a matrix is cut into, and above which size
-# it is (two CPU cores, 64 to 2048 columns).
+# Rows in a pivot of the loop.
 PIVOT = 32
-BLOCKS = 4
-CUT_ABOVE = 64
+# How many blocks a matrix is cut into above so many columns: the fewest that are as fast as any
+# (LAPACK on a CPU, two cores, 64 to 2048 columns), since each takes a while to compile. A loop is
+# cut as small as ever.
+BLOCKS_ABOVE = {0: 1, 96: 2, 192: 4}
+LOOP_BLOCKS_ABOVE = {0: 1, 64: 4}
 
 
 def _matmul(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
@@ -44,9 +46,11 @@ def inverse_factor(
     precision: Of the products.
   """
   n = matrix.shape[-1]
-  if n <= CUT_ABOVE:
+  blocks_above = BLOCKS_ABOVE if pivot_of is lapack else LOOP_BLOCKS_ABOVE
+  blocks = blocks_above[max(above for above in blocks_above if above < n)]
+  if blocks == 1:
     return [pivot_of(matrix, least, precision)]
-  size = -(-n // (BLOCKS * PIVOT)) * PIVOT
+  size = -(-n // (blocks * PIVOT)) * PIVOT
   starts = list(range(0, n, size))
   # Below the diagonal of block column j, updated as columns to its left are eliminated.
   columns = [matrix[:, s:, s : s + size] for s in starts]

@@ -52,9 +52,16 @@ def multiply_twice(matrix: jax.Array) -> Callable[[jax.Array], jax.Array]:
   return lambda v: jnp.einsum('bmn,bmk->bnk', matrix, gram(v), precision='highest')
 
 
-def _start(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> jax.Array:
-  """The last leader and a fixed vector of signs, each one step on.
+# Of the fixed vector of signs in what a power iteration starts from, the last leader being one.
+PROBE = 0.01
 
+
+def _start(
+  multiply: Callable[[jax.Array], jax.Array], basis: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The last leader and a fixed vector of signs, each one step on: x / ‖x‖², and ‖x‖².
+
+  A step more brings it, (batch, n, 1), to a length of about one, wherever the units of G are.
   The second starts the first step, and lets a new leader in when the old one has been
   overtaken: hardly a direction is orthogonal to all those signs.
   """
@@ -62,21 +69,23 @@ def _start(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> jax.
   signs = np.random.default_rng(0).choice([-1.0, 1.0], n)
   probe = jnp.broadcast_to(jnp.asarray(signs, basis.dtype)[None, :, None], (batch, n, 1))
   both = multiply(jnp.concatenate([basis[:, :, :1], probe], axis=-1))
-  # Norms, and that of the sum, from one small product: each by itself is more to compile.
+  # Lengths from one small product: reductions, and more roots, would be more to compile.
   products = jnp.einsum('bni,bnj->bij', both, both, precision='highest')
-  norms = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2))
-  share = jnp.array([1, 0.01], basis.dtype)[None] / jnp.where(norms > 0, norms, 1)
-  norm = jnp.sqrt(jnp.einsum('bi,bij,bj->b', share, products, share, precision='highest'))
-  share /= jnp.where(norm > 0, norm, 1)[:, None]
-  return both[:, :, :1] * share[:, None, :1] + both[:, :, 1:] * share[:, None, 1:]
+  leader, across, other = (products[:, i, j, None] for i, j in ((0, 0), (0, 1), (1, 1)))
+  warm = (leader > 0) & (other > 0)
+  share = jnp.sqrt(jnp.where(warm, PROBE**2 * leader / jnp.where(warm, other, 1), 1))
+  square = leader + 2 * share * across + share**2 * other
+  x = both[:, :, :1] + share[:, None] * both[:, :, 1:]
+  return x / jnp.where(square > 0, square, 1)[:, None], square
 
 
 def follow(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> Leading:
   """σ_max two power iterations on from `basis`: a value to log, which may lag behind."""
-  v = multiply(_start(multiply, basis))
-  square = jnp.sum(jnp.square(v[:, :, 0]), axis=1)[:, None]
+  start, start_square = _start(multiply, basis)
+  v = multiply(start)
+  square = jnp.sum(jnp.square(v), axis=1)
   unit = v * jax.lax.rsqrt(jnp.where(square > 0, square, 1))[:, None]
-  return Leading(jnp.sqrt(jnp.sqrt(square)), unit)
+  return Leading(jnp.sqrt(jnp.sqrt(square * start_square)), unit)
 
 
 def converge(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> Leading:
@@ -97,7 +106,7 @@ def converge(multiply: Callable[[jax.Array], jax.Array], basis: jax.Array) -> Le
     sigma = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(v), axis=1)))
     return count + 1, _unit(v), before, sigma
 
-  start = jax.lax.stop_gradient(_start(multiply, basis))
+  start = jax.lax.stop_gradient(_unit(_start(multiply, basis)[0]))
   zeros = jnp.zeros((len(basis), 1), basis.dtype)
   # A loop without a derivative, and none is needed: σ_max is stationary in its vector.
   frozen = lambda carry: jax.tree.map(jax.lax.stop_gradient, step(carry))
@@ -113,14 +122,17 @@ def _ratio(energy: jax.Array, squares: jax.Array) -> jax.Array:
 
 def energy(gram: jax.Array) -> jax.Array:
   """Σσ², the trace of (batch, n, n)."""
-  # As a stride through memory; a diagonal found by its indices is a pass over the matrix.
+  # As a stride through memory; a diagonal found by its indices is a pass over the matrix. A product
+  # with ones is less to compile than a sum.
   batch, n, _ = gram.shape
-  return jnp.sum(gram.reshape(batch, n * n)[:, :: n + 1], axis=-1)
+  diagonal = gram.reshape(batch, n * n)[:, :: n + 1]
+  return jnp.matmul(diagonal, jnp.ones([n], gram.dtype), precision='highest')
 
 
-def participation_ratio(gram: jax.Array) -> jax.Array:
-  """(Σσ²)² / Σσ⁴ of (batch, n, n), scale-free."""
-  return _ratio(energy(gram), jnp.sum(jnp.square(gram), axis=(-2, -1)))
+def participation_ratio(gram: jax.Array, trace: jax.Array | None = None) -> jax.Array:
+  """(Σσ²)² / Σσ⁴ of (batch, n, n), scale-free; `trace` is Σσ² where that is known."""
+  trace = energy(gram) if trace is None else trace
+  return _ratio(trace, jnp.sum(jnp.square(gram), axis=(-2, -1)))
 
 
 def participation_ratio_of_leading(matrix: jax.Array, leading: Leading) -> jax.Array:
