@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import spectral_optax
+
 N = 8
 DOT = 2 * N**3
 
@@ -143,6 +145,32 @@ def test_while_with_bounds_in_the_data(passes):
   # The condition is looked at once more than there are rounds.
   found = passes.count(converge, square())
   assert (found.flops, found.open_loops) == (2 * DOT, 1)
+
+
+def test_what_is_rarely_done_is_not_counted(passes):
+  def halve(a):
+    return jax.lax.while_loop(lambda x: jnp.max(x) > 1, lambda x: x @ x, a)
+
+  def rarely(a):
+    with jax.named_scope(passes.RARELY):
+      return halve(a)
+
+  assert passes.count(halve, square()).open_loops == 1
+  found = passes.count(jax.jit(rarely), square())
+  assert (found.flops, found.open_loops) == (0, 0)
+
+  # An update is what it always does: G with itself, and with f.
+  apply = functools.partial(
+    spectral_optax.apply_transfer, alpha=1.5, solver='polynomial', tolerance=0.01
+  )
+  usual, worst = (
+    passes.count(apply, jax.ShapeDtypeStruct((90, 8), jnp.float32), branch=branch)
+    for branch in (min, max)
+  )
+  assert usual.flops == worst.flops
+  assert not worst.open_loops
+  with_g = [x for x in usual.products if 90 in (x.m, x.n, x.k)]
+  assert sum(x.times for x in with_g) == 2
 
 
 def test_branches_of_the_platform(passes):

@@ -69,6 +69,10 @@ def _ranges(dtype: Any) -> tuple[np.ndarray, float]:
   return round(info.maxexp / 3.2) * np.array([3, 2, 1, -1, -2, -3]), float(info.max) ** 0.37
 
 
+# What the scope is called in which matrices are looked after that are out of range.
+RARELY = 'out_of_range'
+
+
 def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
   return jnp.ldexp(jnp.ones([], dtype), exponent)  # exp2 is off by a digit.
 
@@ -109,7 +113,8 @@ class GramMatrices:
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Those of all G / c; their traces; c.
 
-    c is one, unless that would leave the dtype's range, and zero of a G that is not finite.
+    c is one, unless that would leave the dtype's range, and zero of a G that is not finite: what
+    no factor brings there.
     """
     made = jax.custom_jvp(self._in_range)
     made.defjvp(self._in_range_jvp)
@@ -121,13 +126,11 @@ class GramMatrices:
     exponents, bound = _ranges(dtype)
     most = jnp.finfo(dtype).maxexp - 2  # An exponent, up or down, that is no trouble.
     fits = lambda sums: (sums > 1 / bound) & (sums < bound)  # False for a NaN.
-
-    def next_round(k, c):
-      # The same on all devices: there are sums over them in a round.
-      return jnp.where(self.split.all(jnp.all(c > 0)), len(exponents), k)
+    # The same on all devices: there are sums over them in what follows.
+    on_all = lambda x: self.split.all(jnp.all(x))
 
     def another(carry):
-      k, grams, sums, c = carry
+      k, _, grams, sums, c = carry
       exponent = jnp.asarray(exponents)[k]
       tried = self.scaled(pieces, _power_of_two(exponent, dtype))
       found = energy(tried)
@@ -140,14 +143,18 @@ class GramMatrices:
       none = (c == 0) & (k == 0) & (found == 0)
       c = jnp.where(take, _power_of_two(of_c, dtype), jnp.where(none, 1, c))
       grams = jnp.where(take[:, None, None], rest[:, None, None] * tried, grams)
-      return next_round(k + 1, c), grams, jnp.where(take, rest * found, sums), c
+      return k + 1, on_all(c > 0), grams, jnp.where(take, rest * found, sums), c
 
-    # No round as a rule; a loop, not a branch, since under `vmap` a branch always runs.
-    c = fits(sums).astype(dtype)
-    carry = next_round(0, c), grams, sums, c
-    more = lambda carry: carry[0] < len(exponents)
-    _, grams, sums, c = jax.lax.while_loop(more, another, carry)
-    return grams, sums, c  # What no factor brings there is not finite.
+    def search(grams, sums, done):
+      # Under `vmap` both branches run, and this one then has no round.
+      with jax.named_scope(RARELY):
+        carry = jnp.zeros([], jnp.int32), done, grams, sums, fits(sums).astype(dtype)
+        more = lambda carry: (carry[0] < len(exponents)) & ~carry[1]
+        return jax.lax.while_loop(more, another, carry)[2:]
+
+    done = on_all(fits(sums))
+    as_they_are = lambda grams, sums, done: (grams, sums, jnp.ones_like(sums))
+    return jax.lax.cond(done, as_they_are, search, grams, sums, done)
 
   def _in_range_jvp(self, primals, tangents):
     """With that c, which has no derivative; a loop has none backwards."""
