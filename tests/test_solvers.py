@@ -279,20 +279,15 @@ def test_a_batch_is_solved_as_its_side_is():
     for shape in shapes
   ]
   solve = lambda *batches: solvers.solve_batches(batches, normalize='rms', solver='auto')
-  text = str(jax.make_jaxpr(lambda *g: solve(*map(_with, batches, g)))(*map(_pieces, batches)))
+  of = lambda *matrices: solve(
+    *(b._replace(matrices=m) for b, m in zip(batches, matrices, strict=True))
+  )
+  text = str(jax.make_jaxpr(of)(*(batch.matrices for batch in batches)))
   assert 'f32[41,128,128]' in text  # All together.
   for batch, ((update,), _) in zip(batches, solve(*batches), strict=True):
     for got, g in zip(update, batch.matrices[0], strict=True):
       bound = solvers.DEFAULT_TOLERANCE + FLOOR['rational']
       assert reference.relative_error(got, reference.update(g, 1.2, 0.1)) <= bound
-
-
-def _pieces(batch):
-  return batch.matrices
-
-
-def _with(batch, matrices):
-  return batch._replace(matrices=matrices)
 
 
 @pytest.mark.parametrize('normalize', ['rms', 'spectral', 'frobenius', None])
