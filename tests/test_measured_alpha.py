@@ -241,9 +241,9 @@ def test_the_exponents_of_the_loss_are_found_and_taken(which):
   # The update is that of the same α and d said by the user.
   said = optimizer(found['alpha'], which, damping=found['damping'])
   expected, _ = jax.jit(said.update)(grads, said.init(params), params)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), updates, expected
-  )
+  # Rounding is of the matrix's size, whatever an entry's is: two programs fit T in float32.
+  apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), updates, expected)
+  assert max(jax.tree.leaves(apart)) < 2e-5
 
 
 def test_measured_every_so_many_steps():
