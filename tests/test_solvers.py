@@ -352,10 +352,17 @@ def test_derivative_at_any_scale(solver):
 
 
 @pytest.mark.parametrize('solver', ['rational', 'polynomial'])
-def test_vmap_makes_no_more_products(solver):
-  """What is done for matrices out of range is a loop of no rounds there too, and no branch."""
+def test_vmap_makes_no_more_products(solver, monkeypatch):
+  """There a branch always runs: that for matrices out of range is a loop, of no rounds."""
+  rounds, scaled = [], _products.GramMatrices.scaled
 
-  def products(jaxpr):
+  def counted(self, pieces, scale):
+    jax.debug.callback(lambda: rounds.append(1))
+    return scaled(self, pieces, scale)
+
+  monkeypatch.setattr(_products.GramMatrices, 'scaled', counted)
+
+  def products(jaxpr):  # Outside of loops.
     count = 0
     for equation in jaxpr.eqns:
       count += equation.primitive.name == 'dot_general'
@@ -368,9 +375,16 @@ def test_vmap_makes_no_more_products(solver):
   one = products(jax.make_jaxpr(apply)(jnp.ones((6, 4))).jaxpr)
   several = products(jax.make_jaxpr(jax.vmap(apply))(jnp.ones((3, 6, 4))).jaxpr)
   assert one == several > 0
-  g = np.stack([MATRICES['tall'], MATRICES['tall'] * np.float32(2.0**-80)])
-  updates = jax.jit(jax.vmap(apply))(g)
-  np.testing.assert_allclose(updates[1], updates[0], rtol=1e-4, atol=1e-6)
+
+  several = jax.jit(jax.vmap(apply))
+  g = np.stack([MATRICES['tall'], MATRICES['tall']])
+  usual = jax.block_until_ready(several(g))
+  jax.effects_barrier()
+  assert not rounds
+  updates = several(g * np.float32([1, 2.0**-80])[:, None, None])
+  np.testing.assert_array_equal(updates, usual)
+  jax.effects_barrier()
+  assert rounds
 
 
 @pytest.mark.parametrize('scale', [1e-25, 1e-6, 1e6, 1e15])
