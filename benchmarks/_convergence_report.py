@@ -307,7 +307,8 @@ def cost_note(content: Mapping[str, Any]) -> str:
     ' Seconds: these times the steps, whatever machine the curves come from. FLOPs: products and'
     ' convolutions as written, forward, backward and update; ">" where decompositions or a loop'
     " that the data end are not in them. XLA's own count is not used: it takes one round of a"
-    ' loop for all of them.'
+    ' loop for all of them. Those of Spectral Newton, and all that runs its transfer, were counted'
+    ' with a branch in them that hardly ever runs: they are too high.'
   )
 
 
