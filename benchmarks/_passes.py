@@ -21,6 +21,8 @@ from jax.core import Tracer
 from jax.extend import core
 from jax.lax import DotAlgorithmPreset, Precision
 
+from spectral_optax.solvers._products import RARELY
+
 PASSES: dict[Any, int] = {Precision.DEFAULT: 1, Precision.HIGH: 3, Precision.HIGHEST: 6}
 # With one operand in bfloat16 there is nothing to split in that one.
 MIXED_PASSES = {1: 1, 3: 2, 6: 3}
@@ -42,8 +44,6 @@ OPAQUE = frozenset(
   }
 )
 JAX = pathlib.Path(jax.__file__).parent
-# A scope of ours whose loop has no round, but where gradients leave the range of their dtype.
-RARELY = 'out_of_range'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +178,7 @@ class _Counter:
         unknown = [None] * len(given)
         self.add(params['jaxpr'], unknown, times * params['length'], below, into)
       elif name == 'while':
+        # Ours has no round, but where gradients leave the range of their dtype.
         trips = 0 if RARELY in str(eqn.source_info.name_stack) else _trips(params, given)
         into.open_loops += trips is None
         inside = given[params['cond_nconsts'] :]
