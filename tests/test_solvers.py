@@ -320,8 +320,7 @@ def test_some_power_of_two_brings_every_norm_into_range(dtype):
   info = np.finfo(dtype)
   # The norm of one entry, the smallest normal number, and of 10^8 that are the largest.
   lowest, highest = np.log10(info.tiny), np.log10(info.max) + 4
-  powers = np.log10(2) * np.concatenate([exponents, [0]])
-  logs = 2 * (np.linspace(lowest, highest, 1001)[:, None] + powers)
+  logs = 2 * (np.linspace(lowest, highest, 1001)[:, None] + np.log10(2) * exponents)
   assert (np.abs(logs) < np.log10(bound)).any(axis=1).all()
   assert np.float64(bound) ** 2 < float(info.max) * 1e-3
 
@@ -332,6 +331,16 @@ def test_a_power_of_two_changes_no_digit(solver, alpha, exponent):
   g = MATRICES['tall']
   apply = jax.jit(functools.partial(spectral_optax.apply_transfer, alpha=alpha, solver=solver))
   np.testing.assert_array_equal(apply(np.ldexp(g, exponent)), apply(g))
+
+
+def test_what_hardly_ever_runs_takes_little_memory():
+  """Out of range, matrices are scaled one after another: at once, as large as all G and N."""
+  params = {str(i): jax.ShapeDtypeStruct((64, 500 + 4 * i), jnp.float32) for i in range(8)}
+  tx = spectral_optax.scale_by_spectral_newton(1.5, 'noise')
+  state = jax.eval_shape(tx.init, params)
+  memory = jax.jit(tx.update).lower(params, state).compile().memory_analysis()
+  size = 4 * sum(x.size for x in params.values())
+  assert memory.temp_size_in_bytes < 2.5 * size
 
 
 @pytest.mark.parametrize('solver', ['rational', 'polynomial'])
@@ -354,13 +363,14 @@ def test_derivative_at_any_scale(solver):
 @pytest.mark.parametrize('solver', ['rational', 'polynomial'])
 def test_vmap_makes_no_more_products(solver, monkeypatch):
   """There a branch always runs: that for matrices out of range is a loop, of no rounds."""
-  rounds, scaled = [], _products.GramMatrices.scaled
+  rounds, of = [], _products.GramMatrices.of
 
-  def counted(self, pieces, scale):
-    jax.debug.callback(lambda: rounds.append(1))
-    return scaled(self, pieces, scale)
+  def counted(self, pieces, scale=None):
+    if scale is not None:
+      jax.debug.callback(lambda: rounds.append(1))
+    return of(self, pieces, scale)
 
-  monkeypatch.setattr(_products.GramMatrices, 'scaled', counted)
+  monkeypatch.setattr(_products.GramMatrices, 'of', counted)
 
   def products(jaxpr):  # Outside of loops.
     count = 0

@@ -60,13 +60,13 @@ def apply(matrix: jax.Array, f: jax.Array, wide: bool, half: bool = False) -> ja
 
 
 def _ranges(dtype: Any) -> tuple[np.ndarray, float]:
-  """Exponents of two, largest first, and a bound.
+  """Exponents of two, and a bound: the largest, by which zeros are known, zero, all others.
 
   For any G that is not zero, 2^exponent G of one of them has ‖·‖²_F between 1/bound and bound,
   whose square is a number of the dtype, with room to spare.
   """
   info = jnp.finfo(dtype)
-  return round(info.maxexp / 3.2) * np.array([3, 2, 1, -1, -2, -3]), float(info.max) ** 0.37
+  return round(info.maxexp / 3.2) * np.array([3, 0, 2, 1, -1, -2, -3]), float(info.max) ** 0.37
 
 
 # What the scope is called in which matrices are looked after that are out of range.
@@ -86,27 +86,26 @@ class GramMatrices:
   def __init__(self, wide: Sequence[bool], side: int, half: bool, split: Split):
     self.wide, self.side, self.half, self.split = wide, side, half, split
 
-  def of(self, pieces: Sequence[Sequence[jax.Array | None]]) -> jax.Array:
-    """As they are, (batch, side, side)."""
+  def of(
+    self, pieces: Sequence[Sequence[jax.Array | None]], scale: jax.Array | None = None
+  ) -> jax.Array:
+    """As they are, or of all G and N times a number, (batch, side, side)."""
     grams = []
     for matrix, noise, wide in zip(*pieces, self.wide, strict=True):
-      gram = gram_matrix(matrix, wide, self.half)
-      if noise is not None:
-        gram += gram_matrix(noise, wide, self.half)
+      gram = None
+      for x in (matrix, noise):
+        if x is None:
+          continue
+        one = gram_matrix(x if scale is None else scale * x, wide, self.half)
+        if scale is not None:
+          # One after another: at once they would take as much memory as all G and N do. No
+          # diagonal is negative, but a compiler can't know that, and waits.
+          scale = jnp.where(one[0, 0, 0] < 0, 0, scale)
+        gram = one if gram is None else gram + one
+      assert gram is not None
       pad = (0, self.side - gram.shape[-1])
       grams.append(jnp.pad(gram, ((0, 0), pad, pad)) if pad[1] else gram)
     return self.split.total(jnp.concatenate(grams))
-
-  def scaled(self, pieces, scale: jax.Array) -> jax.Array:
-    """Of all G and N times a number."""
-    # A product with a diagonal matrix: a pass of its own would be more to compile.
-    unit = scale * jnp.eye(self.side, dtype=scale.dtype)[None]
-
-    def times(x, wide):
-      short = 0 if x is None else x.shape[-2 if wide else -1]
-      return x if x is None else apply(x, unit[:, :short, :short], wide)
-
-    return self.of([[times(*each) for each in zip(xs, self.wide, strict=True)] for xs in pieces])
 
   def in_range(
     self, pieces: Sequence[Sequence[jax.Array | None]]
@@ -132,12 +131,12 @@ class GramMatrices:
     def another(carry):
       k, _, grams, sums, c = carry
       exponent = jnp.asarray(exponents)[k]
-      tried = self.scaled(pieces, _power_of_two(exponent, dtype))
+      tried = self.of(pieces, _power_of_two(exponent, dtype))
       found = energy(tried)
       take = (c == 0) & fits(found)
       # The rest of the way to a norm of about one. Powers of two change no digit.
       half_way = jnp.floor(jnp.log2(jnp.where(take, found, 1)) / 2).astype(jnp.int32)
-      of_c = jnp.clip(half_way - exponent, -most, most)
+      of_c = jnp.where(exponent == 0, 0, jnp.clip(half_way - exponent, -most, most))
       rest = _power_of_two(-2 * (of_c + exponent), dtype)
       # With the largest factor nothing but zeros has a trace of zero.
       none = (c == 0) & (k == 0) & (found == 0)
@@ -146,11 +145,12 @@ class GramMatrices:
       return k + 1, on_all(c > 0), grams, jnp.where(take, rest * found, sums), c
 
     def search(grams, sums, done):
-      # Under `vmap` both branches run, and this one then has no round.
+      # From nothing: what is there already would be copied, at every step. Under `vmap` both
+      # branches run, and this one then has no round.
       with jax.named_scope(RARELY):
-        carry = jnp.zeros([], jnp.int32), done, grams, sums, fits(sums).astype(dtype)
+        nothing = jnp.zeros_like(grams), jnp.zeros_like(sums), jnp.zeros_like(sums)
         more = lambda carry: (carry[0] < len(exponents)) & ~carry[1]
-        return jax.lax.while_loop(more, another, carry)[2:]
+        return jax.lax.while_loop(more, another, (jnp.zeros([], jnp.int32), done, *nothing))[2:]
 
     done = on_all(fits(sums))
     as_they_are = lambda grams, sums, done: (grams, sums, jnp.ones_like(sums))

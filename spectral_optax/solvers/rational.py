@@ -55,10 +55,17 @@ def _inverses(
     shifted = gram[:, None] + shift[:, :, None, None] * unit
     return weighted_inverses(shifted, weights, shift / 2, pivot_of, precision)
 
-  def one_by_one(*batch):  # What a CPU works on stays in its cache.
+  def one_by_one(gram, weights, shift):  # What a CPU works on stays in its cache.
     if len(gram) == 1:
-      return together(*batch, pivot_of=lapack)
-    return jax.lax.map(lambda one: together(*(x[None] for x in one), pivot_of=lapack)[0], batch)
+      return together(gram, weights, shift, pivot_of=lapack)
+
+    def step(both, at):  # Each takes its Gram matrix's place: no second batch of them.
+      i, *numbers = at
+      one = jax.lax.dynamic_slice_in_dim(both, i, 1)
+      found = together(one, *(x[None] for x in numbers), pivot_of=lapack)
+      return jax.lax.dynamic_update_slice_in_dim(both, found, i, 0), None
+
+    return jax.lax.scan(step, gram, (jnp.arange(len(gram)), weights, shift))[0]
 
   return jax.lax.platform_dependent(
     gram,
