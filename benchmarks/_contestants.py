@@ -413,7 +413,8 @@ class Program:
   Attributes:
     build: From the task and what is traced of a lane; None where there is a trainer.
     available: Whether what it needs is installed.
-    one_by_one: Lanes after one another; under `vmap` what is done now and then is done always.
+    one_by_one: Backends on which lanes come after one another; under `vmap` what is done now and
+      then is done always.
     trainer: In place of `build`, for what is no transformation of gradients: `start` and
       `advance` in Python, of one lane.
     possible: On which tasks.
@@ -423,7 +424,7 @@ class Program:
 
   build: Callable[[Problem, Any], optax.GradientTransformation] | None
   available: bool = True
-  one_by_one: bool = False
+  one_by_one: tuple[str, ...] = ()
   trainer: Callable[[Problem], Trainer] | None = None
   possible: Callable[[Problem], bool] = lambda problem: True
   period: Callable[[Problem], int] = lambda problem: 1
@@ -456,7 +457,7 @@ PROGRAMS = {
   'muon': Program(muon),
   'spectral_newton': Program(spectral_newton),
   'measured_online': Program(
-    measured_online, one_by_one=True, period=lambda problem: problem.task.every
+    measured_online, one_by_one=('cpu', 'gpu'), period=lambda problem: problem.task.every
   ),
   'noise': Program(noise),
   # One hundredth longer at the most, timed side by side.
@@ -474,10 +475,12 @@ PROGRAMS = {
   'shampoo': Program(
     shampoo,
     _installed('optax_shampoo'),
-    one_by_one=True,
+    one_by_one=('cpu',),
     period=lambda problem: problem.task.every,
   ),
-  'soap': Program(soap, _installed('levanter'), one_by_one=True, period=lambda problem: PERIOD),
+  'soap': Program(
+    soap, _installed('levanter'), one_by_one=('cpu', 'gpu'), period=lambda problem: PERIOD
+  ),
   'kfac': Program(
     None, _runs('kfac_jax'), trainer=kfac, possible=kfac_runs_on, period=lambda problem: PERIOD
   ),
@@ -806,8 +809,10 @@ NOTES = (
   ' at 1.62 on this.',
   'rollfast 1.3.0 needs Python 3.12 or later. Its Aurora takes no traced momentum: two rows, each'
   ' with twice as many learning rates.',
-  'Shampoo: optax-shampoo 0.0.6, of 2022, on JAX 0.12. It calls `jax.tree_map` and starts a loop'
-  ' with a bool that becomes a float, neither of which JAX has any more; both are lent to it. Its'
+  'Shampoo: optax-shampoo 0.0.6, of 2022, on JAX 0.12, and of images on an NVIDIA H200 with JAX'
+  ' 0.11.2 (on the ResNet, and to measure α of it, with XLA_FLAGS='
+  '--xla_gpu_enable_triton_gemm=false: without it XLA aborted). It calls `jax.tree_map` and starts'
+  ' a loop with a bool that becomes a float, neither of which JAX has any more; both are lent to it. Its'
   ' updates take their size from RMSProp; inverse roots every 25 or 30 steps.',
   'K-FAC: kfac-jax 0.0.8 on JAX 0.10.2. On JAX 0.12 its import fails (`jax.core.Effects` is gone).'
   ' On 0.9 and 0.10 its steps do ("too many values to unpack": `get_bind_params` gives one value'

@@ -179,7 +179,8 @@ class Runner:
         carry = jax.eval_shape(start, lanes)
         task = problem.task
         which = jax.ShapeDtypeStruct((self.width, task.every, task.batch_size), jnp.int32)
-        advance = of_lanes(functools.partial(problem.advance, build), program.one_by_one)
+        one_by_one = jax.default_backend() in program.one_by_one
+        advance = of_lanes(functools.partial(problem.advance, build), one_by_one)
         lowered = [
           jax.jit(advance, donate_argnums=0).lower(carry, lanes, which, problem.arrays),
           jax.jit(start).lower(lanes),

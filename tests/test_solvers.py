@@ -480,8 +480,10 @@ def test_auto_takes_the_cheapest():
   assert choose(64, 0.1, 'cpu', 2.0) == choose(2048, 1e-2, 'cpu') == 'rational'
   assert choose(128, 1e-3, 'cpu') == 'gram'
   for backend in ('gpu', 'tpu'):
-    assert choose(64, 0.1, backend, 2.0) == choose(2048, 0.1, backend) == 'polynomial'
+    assert choose(2048, 0.1, backend, 2.0) == choose(2048, 0.1, backend) == 'polynomial'
     assert choose(2048, 1e-6, backend, 2.0) == 'rational'  # One pole, exactly.
+  assert choose(64, 0.1, 'tpu', 2.0) == choose(64, 0.1, 'gpu') == 'polynomial'
+  assert choose(64, 0.1, 'gpu', 2.0) == choose(512, 0.1, 'gpu', 2.0) == 'rational'
   traced = lambda n: solvers.choose_solver('auto', jnp.ones(2), 0.1, n, backend='cpu')
   assert (traced(64), traced(512)) == ('polynomial', 'rational')
 

@@ -101,11 +101,13 @@ class Cost(NamedTuple):
 # By backend and smaller side (the nearest below). On a CPU from whole updates on two cores,
 # `benchmarks/step_time.py --calibrate`: LAPACK runs on one of them, and products are quick.
 # Elsewhere an inverse is a long chain of small steps, and eigenvectors are slow to run and on
-# a TPU take minutes to compile: the last resort.
+# a TPU take minutes to compile: the last resort. On a GPU (an H200, `--calibrate --quick`, in
+# products in bfloat16) batches of small inverses are less than that; larger ones were not measured.
+ELSEWHERE = Cost(60, math.inf)
 COSTS: Mapping[str, Mapping[int, Cost]] = {
   'cpu': {1: Cost(8, 48), 128: Cost(3, 25), 256: Cost(2, 26), 384: Cost(1.3, 14)},
+  'gpu': {1: Cost(8, 42), 128: Cost(10, 41), 256: Cost(8, 72), 384: Cost(11, 400), 768: ELSEWHERE},
 }
-ELSEWHERE = Cost(60, math.inf)
 
 
 def choose_solver(
