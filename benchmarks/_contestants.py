@@ -766,11 +766,11 @@ def _of_measured(measured: Measured) -> Iterable[Contestant]:
     found = measured.get(problem.task.name)
     return found is not None and found['network'] == _measured.network(problem)
 
-  def numbers(form: str, order: str) -> Callable[[Problem, int, float], Lane]:
+  def numbers(form: str, order: str, part: float = 1.0) -> Callable[[Problem, int, float], Lane]:
     def made(problem: Problem, seed: int, knob: float) -> Lane:
       # Beside 'constant': σ* and the momentum stay, as where a user gives α alone.
       alphas = measured[problem.task.name][form]['alpha']
-      alphas = {path: alphas[path] for path in problem.matrices}
+      alphas = {path: part * alphas[path] for path in problem.matrices}
       usual = constant_numbers(problem, seed, knob)
       return usual | {'alpha': compact(arranged(alphas, order, seed))}
 
@@ -792,6 +792,15 @@ def _of_measured(measured: Measured) -> Iterable[Contestant]:
       numbers=numbers(form, order),
       possible=possible,
     )
+  # If curvature goes like σ^α, then α/2 takes the square root of it, as Muon does where α is 2, and
+  # α is Newton's step; 1.5, which is best where α is 2, is half-way between.
+  yield Contestant(
+    'measured_early_part',
+    'spectral_newton',
+    'Spectral Newton, 3/4 of the α measured after 50 steps',
+    numbers=numbers('early', '', 0.75),
+    possible=possible,
+  )
   yield Contestant(
     'scalar',
     'muon',
@@ -812,8 +821,8 @@ NOTES = (
   'Shampoo: optax-shampoo 0.0.6, of 2022, on JAX 0.12, and of images on an NVIDIA H200 with JAX'
   ' 0.11.2 (on the ResNet, and to measure α of it, with XLA_FLAGS='
   '--xla_gpu_enable_triton_gemm=false: without it XLA aborted). It calls `jax.tree_map` and starts'
-  ' a loop with a bool that becomes a float, neither of which JAX has any more; both are lent to it. Its'
-  ' updates take their size from RMSProp; inverse roots every 25 or 30 steps.',
+  ' a loop with a bool that becomes a float, neither of which JAX has any more; both are lent to'
+  ' it. Its updates take their size from RMSProp; inverse roots every 25 or 30 steps.',
   'K-FAC: kfac-jax 0.0.8 on JAX 0.10.2. On JAX 0.12 its import fails (`jax.core.Effects` is gone).'
   ' On 0.9 and 0.10 its steps do ("too many values to unpack": `get_bind_params` gives one value'
   ' now), unless that one function is replaced, as here. Inverses every 5 steps, constant damping.'
