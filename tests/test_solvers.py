@@ -320,7 +320,8 @@ def test_some_power_of_two_brings_every_norm_into_range(dtype):
   info = np.finfo(dtype)
   # The norm of one entry, the smallest normal number, and of 10^8 that are the largest.
   lowest, highest = np.log10(info.tiny), np.log10(info.max) + 4
-  logs = 2 * (np.linspace(lowest, highest, 1001)[:, None] + np.log10(2) * exponents)
+  powers = np.log10(2) * np.concatenate([exponents, [0]])
+  logs = 2 * (np.linspace(lowest, highest, 1001)[:, None] + powers)
   assert (np.abs(logs) < np.log10(bound)).any(axis=1).all()
   assert np.float64(bound) ** 2 < float(info.max) * 1e-3
 

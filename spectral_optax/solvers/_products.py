@@ -60,13 +60,13 @@ def apply(matrix: jax.Array, f: jax.Array, wide: bool, half: bool = False) -> ja
 
 
 def _ranges(dtype: Any) -> tuple[np.ndarray, float]:
-  """Exponents of two, and a bound: the largest, by which zeros are known, zero, all others.
+  """Exponents of two, largest first, and a bound.
 
   For any G that is not zero, 2^exponent G of one of them has ‖·‖²_F between 1/bound and bound,
   whose square is a number of the dtype, with room to spare.
   """
   info = jnp.finfo(dtype)
-  return round(info.maxexp / 3.2) * np.array([3, 0, 2, 1, -1, -2, -3]), float(info.max) ** 0.37
+  return round(info.maxexp / 3.2) * np.array([3, 2, 1, -1, -2, -3]), float(info.max) ** 0.37
 
 
 # What the scope is called in which matrices are looked after that are out of range.
@@ -136,7 +136,7 @@ class GramMatrices:
       take = (c == 0) & fits(found)
       # The rest of the way to a norm of about one. Powers of two change no digit.
       half_way = jnp.floor(jnp.log2(jnp.where(take, found, 1)) / 2).astype(jnp.int32)
-      of_c = jnp.where(exponent == 0, 0, jnp.clip(half_way - exponent, -most, most))
+      of_c = jnp.clip(half_way - exponent, -most, most)
       rest = _power_of_two(-2 * (of_c + exponent), dtype)
       # With the largest factor nothing but zeros has a trace of zero.
       none = (c == 0) & (k == 0) & (found == 0)
@@ -145,12 +145,14 @@ class GramMatrices:
       return k + 1, on_all(c > 0), grams, jnp.where(take, rest * found, sums), c
 
     def search(grams, sums, done):
-      # From nothing: what is there already would be copied, at every step. Under `vmap` both
-      # branches run, and this one then has no round.
+      # Under `vmap` both branches run, and this one then has no round.
       with jax.named_scope(RARELY):
-        nothing = jnp.zeros_like(grams), jnp.zeros_like(sums), jnp.zeros_like(sums)
         more = lambda carry: (carry[0] < len(exponents)) & ~carry[1]
-        return jax.lax.while_loop(more, another, (jnp.zeros([], jnp.int32), done, *nothing))[2:]
+        # From nothing: what is there already would be copied, at every step.
+        nothing, there = jnp.zeros_like(grams), fits(sums)
+        start = jnp.zeros([], jnp.int32), done, nothing, sums, there.astype(dtype)
+        found, sums, c = jax.lax.while_loop(more, another, start)[2:]
+        return jnp.where(there[:, None, None], grams, found), sums, c
 
     done = on_all(fits(sums))
     as_they_are = lambda grams, sums, done: (grams, sums, jnp.ones_like(sums))
