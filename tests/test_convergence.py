@@ -304,6 +304,8 @@ def test_contestants_are_tuned_alike(convergence):
   assert 'momentum' not in at('earlier')
   reversed_order = at('measured_early_reversed')['alpha']
   assert reversed_order == pytest.approx({p: 3.0 - a for p, a in values.items()})
+  part = at('measured_early_part')['alpha']
+  assert part == pytest.approx({p: 0.75 * a for p, a in values.items()}, rel=1e-5)
   shuffled = at('measured_early_shuffled')['alpha']
   assert sorted(shuffled.values()) == sorted(values.values())
   assert shuffled != values
@@ -364,7 +366,10 @@ def test_measured_before_training_and_online(small, tmp_path, monkeypatch):
     assert alpha in (1.5, pytest.approx(np.clip(fitted, 0.5, 2.5), rel=1e-5))
     assert alpha == 1.5 or r_squared > 0.7
   monkeypatch.setattr(small._contestants, 'TRIALS', 2)
+  apart, of_lanes = [], small.of_lanes
+  monkeypatch.setattr(small, 'of_lanes', lambda *args: apart.append(args[1]) or of_lanes(*args))
   content = small.main([*command.split(), '--contestants', 'measured_online', '--seeds', '0'])
+  assert apart == [True]
   (run,) = content['tasks']['mlp-digits']['contestants']['measured_online']['runs']
   assert run['validation'][1] < run['validation'][0]  # At the smallest rates.
 
