@@ -332,10 +332,14 @@ def test_a_power_of_two_changes_no_digit(solver, alpha, exponent):
   g = MATRICES['tall']
   apply = jax.jit(functools.partial(spectral_optax.apply_transfer, alpha=alpha, solver=solver))
   np.testing.assert_array_equal(apply(np.ldexp(g, exponent)), apply(g))
+  some = np.stack([g, 2 * g, np.zeros_like(g)])
+  moved = np.stack([np.ldexp(g, exponent), 2 * g, np.zeros_like(g)])
+  np.testing.assert_array_equal(apply(moved), apply(some))
 
 
-def test_what_hardly_ever_runs_takes_little_memory():
-  """Out of range, matrices are scaled one after another: at once, as large as all G and N."""
+def test_what_hardly_ever_runs_takes_little_memory(monkeypatch):
+  """Out of range, a few matrices are scaled at a time: all would be as large as G and N."""
+  monkeypatch.setattr(_products, 'AT_ONCE', 2**15)
   params = {str(i): jax.ShapeDtypeStruct((64, 500 + 4 * i), jnp.float32) for i in range(8)}
   tx = spectral_optax.scale_by_spectral_newton(1.5, 'noise')
   state = jax.eval_shape(tx.init, params)

@@ -69,6 +69,9 @@ def _ranges(dtype: Any) -> tuple[np.ndarray, float]:
   return round(info.maxexp / 3.2) * np.array([3, 2, 1, -1, -2, -3]), float(info.max) ** 0.37
 
 
+# Numbers of G and N that are scaled at once, more or less: all of them would double them.
+AT_ONCE = 2**22
+
 # What the scope is called in which matrices are looked after that are out of range.
 RARELY = 'out_of_range'
 
@@ -90,17 +93,23 @@ class GramMatrices:
     self, pieces: Sequence[Sequence[jax.Array | None]], scale: jax.Array | None = None
   ) -> jax.Array:
     """As they are, or of all G and N times a number, (batch, side, side)."""
-    grams = []
+    grams, unit, waiting = [], None, 0
     for matrix, noise, wide in zip(*pieces, self.wide, strict=True):
       gram = None
       for x in (matrix, noise):
         if x is None:
           continue
-        one = gram_matrix(x if scale is None else scale * x, wide, self.half)
-        if scale is not None:
-          # One after another: at once they would take as much memory as all G and N do. No
-          # diagonal is negative, but a compiler can't know that, and waits.
-          scale = jnp.where(one[0, 0, 0] < 0, 0, scale)
+        if scale is not None and len(x) > 1:
+          x = scale * x
+        elif scale is not None:  # By a product: a pass of its own would be more to compile.
+          unit = scale * jnp.eye(self.side, dtype=scale.dtype)[None] if unit is None else unit
+          short = x.shape[-2 if wide else -1]
+          x = apply(x, unit[:, :short, :short], wide)
+        one = gram_matrix(x, wide, self.half)
+        waiting += x.size
+        if scale is not None and waiting > AT_ONCE:
+          # No diagonal is negative, but a compiler can't know that: what follows waits for this.
+          scale, unit, waiting = jnp.where(one[0, 0, 0] < 0, 0, scale), None, 0
         gram = one if gram is None else gram + one
       assert gram is not None
       pad = (0, self.side - gram.shape[-1])
