@@ -413,8 +413,6 @@ class Program:
   Attributes:
     build: From the task and what is traced of a lane; None where there is a trainer.
     available: Whether what it needs is installed.
-    one_by_one: Backends on which lanes come after one another; under `vmap` what is done now and
-      then is done always.
     trainer: In place of `build`, for what is no transformation of gradients: `start` and
       `advance` in Python, of one lane.
     possible: On which tasks.
@@ -424,7 +422,6 @@ class Program:
 
   build: Callable[[Problem, Any], optax.GradientTransformation] | None
   available: bool = True
-  one_by_one: tuple[str, ...] = ()
   trainer: Callable[[Problem], Trainer] | None = None
   possible: Callable[[Problem], bool] = lambda problem: True
   period: Callable[[Problem], int] = lambda problem: 1
@@ -456,9 +453,7 @@ PROGRAMS = {
   'adamw': Program(adamw),
   'muon': Program(muon),
   'spectral_newton': Program(spectral_newton),
-  'measured_online': Program(
-    measured_online, one_by_one=('cpu', 'gpu'), period=lambda problem: problem.task.every
-  ),
+  'measured_online': Program(measured_online, period=lambda problem: problem.task.every),
   'noise': Program(noise),
   # One hundredth longer at the most, timed side by side.
   'noise_by_output': Program(functools.partial(noise, rms_of='output'), timed_as='noise'),
@@ -475,12 +470,9 @@ PROGRAMS = {
   'shampoo': Program(
     shampoo,
     _installed('optax_shampoo'),
-    one_by_one=('cpu',),
     period=lambda problem: problem.task.every,
   ),
-  'soap': Program(
-    soap, _installed('levanter'), one_by_one=('cpu', 'gpu'), period=lambda problem: PERIOD
-  ),
+  'soap': Program(soap, _installed('levanter'), period=lambda problem: PERIOD),
   'kfac': Program(
     None, _runs('kfac_jax'), trainer=kfac, possible=kfac_runs_on, period=lambda problem: PERIOD
   ),

@@ -136,15 +136,23 @@ class OutOfTimeError(Exception):
   """The time that --budget gives is over."""
 
 
-def of_lanes(advance: Callable[..., Any], one_by_one: bool) -> Callable[..., Any]:
-  """`Problem.advance` of all lanes: together, or one after the other.
+def of_lanes(
+  problem: _problems.Problem, build: _problems.Build, lane: Any
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """`Problem.start` and `Problem.advance` of many lanes; `lane` is one, or its shapes.
 
-  Together, a `jax.lax.cond` in it becomes both of its branches.
+  Whole numbers in the state of an optimizer are counts of steps, the same for all lanes, and have
+  no axis of lanes: of a count for each, a `jax.lax.cond` on it would become both of its branches,
+  and what is done every few steps would be done always.
   """
-  if not one_by_one:
-    return jax.vmap(advance, in_axes=(0, 0, 0, None))
-  return lambda carry, lanes, which, arrays: jax.lax.map(
-    lambda of: advance(*of, arrays), (carry, lanes, which)
+  start = functools.partial(problem.start, build)
+  advance = functools.partial(problem.advance, build)
+  *_, state = jax.eval_shape(start, lane)
+  counts = lambda x: x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+  axes = 0, 0, jax.tree.map(lambda x: None if counts(x) else 0, state)
+  return (
+    jax.vmap(start, out_axes=axes),
+    jax.vmap(advance, in_axes=(axes, 0, 0, None), out_axes=(axes, 0)),
   )
 
 
@@ -175,12 +183,10 @@ class Runner:
       else:
         assert program.build is not None
         build = functools.partial(program.build, problem)
-        start = jax.vmap(functools.partial(problem.start, build))
+        start, advance = of_lanes(problem, build, lane)
         carry = jax.eval_shape(start, lanes)
         task = problem.task
         which = jax.ShapeDtypeStruct((self.width, task.every, task.batch_size), jnp.int32)
-        one_by_one = jax.default_backend() in program.one_by_one
-        advance = of_lanes(functools.partial(problem.advance, build), one_by_one)
         lowered = [
           jax.jit(advance, donate_argnums=0).lower(carry, lanes, which, problem.arrays),
           jax.jit(start).lower(lanes),

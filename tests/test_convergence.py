@@ -1,5 +1,6 @@
 """The comparison: that it runs, goes on where it was, tunes fairly and counts right."""
 
+import functools
 import importlib
 import json
 import math
@@ -366,26 +367,32 @@ def test_measured_before_training_and_online(small, tmp_path, monkeypatch):
     assert alpha in (1.5, pytest.approx(np.clip(fitted, 0.5, 2.5), rel=1e-5))
     assert alpha == 1.5 or r_squared > 0.7
   monkeypatch.setattr(small._contestants, 'TRIALS', 2)
-  apart, of_lanes = [], small.of_lanes
-  monkeypatch.setattr(small, 'of_lanes', lambda *args: apart.append(args[1]) or of_lanes(*args))
   content = small.main([*command.split(), '--contestants', 'measured_online', '--seeds', '0'])
-  assert apart == [True]
   (run,) = content['tasks']['mlp-digits']['contestants']['measured_online']['runs']
   assert run['validation'][1] < run['validation'][0]  # At the smallest rates.
 
 
-def test_what_is_done_now_and_then_is_not_done_always(convergence):
-  def advance(carry, lane, which, arrays):
-    return jax.lax.cond(lane > 1, lambda: carry + arrays, lambda: carry * which), carry
-
-  arguments = (jnp.arange(3.0), jnp.arange(3.0), jnp.full(3, 5.0), jnp.float32(7))
-  found = {}
-  for one_by_one in (True, False):
-    of = convergence.of_lanes(advance, one_by_one)
-    found[one_by_one] = jax.jit(of)(*arguments)
-    assert ('cond[' in str(jax.make_jaxpr(of)(*arguments))) == one_by_one
-  np.testing.assert_allclose(found[True][0], [0, 5, 9])
-  jax.tree.map(np.testing.assert_array_equal, found[True], found[False])
+def test_what_is_done_now_and_then_is_not_done_always(small):
+  """Nor of several lanes: a count of steps is one for all of them."""
+  problem = small._problems.Problem(
+    small._problems.TASKS['mlp-digits'], small._problems.load('digits'), together=True
+  )
+  contestants = small._contestants
+  build = functools.partial(contestants.measured_online, problem)
+  each = [
+    contestants.traced(problem, {'seed': i, 'rate': rate}) for i, rate in enumerate((1e-2, 0.1))
+  ]
+  samples = [jnp.asarray(problem.samples(i)[:16]) for i in range(2)]
+  together = lambda xs: jax.tree.map(lambda *xs: jnp.stack(xs), *xs)
+  start, advance = small.of_lanes(problem, build, each[0])
+  lanes = together(each)
+  carry = jax.eval_shape(start, lanes)
+  arguments = lanes, together(samples), problem.arrays
+  of_one = functools.partial(problem.advance, build)
+  told_apart = jax.eval_shape(jax.vmap(functools.partial(problem.start, build)), lanes)
+  conditions = lambda of, carry: str(jax.make_jaxpr(of)(carry, *arguments)).count('cond[')
+  always = conditions(jax.vmap(of_one, in_axes=(0, 0, 0, None)), told_apart)
+  assert conditions(advance, carry) == always + 1
 
 
 def test_what_jits_its_own_steps(small, tmp_path, monkeypatch):
