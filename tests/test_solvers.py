@@ -43,6 +43,17 @@ APPLY['cholesky'] = jax.jit(
 )
 
 
+@functools.partial(jax.jit, static_argnames=('normalize', 'solver', 'choose_rank', 'known'))
+def solve(g, basis, traced=(), *, known=(), normalize='rms', solver, choose_rank=False):
+  """Of matrices (batch, m, n): updates, and spectra. α and d are `traced`, or else `known`."""
+  full = functools.partial((np if known else jnp).full, len(g))
+  batch = solvers.Batch((g,), *map(full, known or traced), basis)
+  ((updates, spectrum),) = solvers.solve_batches(
+    [batch], normalize=normalize, solver=solver, choose_rank=choose_rank
+  )
+  return updates[0], spectrum
+
+
 def alphas_of(solver):
   return (2,) if solver == 'cholesky' else ALPHAS
 
@@ -103,7 +114,15 @@ def test_rational_with_traced_alpha_and_damping(tolerance):
 
 
 @pytest.fixture
-def off_a_cpu(monkeypatch):
+def traced_anew():
+  """What is changed here is not in a program of before, nor in one of after."""
+  solvers._transfer.clear_cache()
+  yield
+  solvers._transfer.clear_cache()
+
+
+@pytest.fixture
+def off_a_cpu(monkeypatch, traced_anew):
   """Takes the branches that an accelerator would take."""
   take = lambda *a, default, tpu=None, cpu=None: (default if tpu is None else tpu)(*a)
   monkeypatch.setattr(jax.lax, 'platform_dependent', take)
@@ -188,11 +207,7 @@ def test_low_rank_bound_holds_and_what_it_leaves_out_shows():
     for rank, floor in ((4, 1e-4), (16, 1e-4), (60, 1e-4)):
       basis, error = jnp.zeros((1, 60, rank)), None
       for _ in range(4):
-        matrices = (jnp.asarray(g)[None],)
-        batch = solvers.Batch(matrices, np.full(1, alpha), np.full(1, damping), basis)
-        (((update,), spectrum),) = solvers.solve_batches(
-          [batch], normalize='rms', solver='low_rank'
-        )
+        update, spectrum = solve(g[None], basis, (alpha, damping), solver='low_rank')
         basis = spectrum.basis
       error = reference.relative_error(update[0], exact)
       bound = float(spectrum.transfer_error[0])
@@ -208,14 +223,12 @@ def test_low_rank_takes_as_many_directions_as_its_tolerance_asks_for():
   for strong, taken in ((8, 16), (40, 64)):
     sigma = np.where(np.arange(90) < strong, 1.0, 1e-3)
     g = ((u * sigma) @ v.T).astype(np.float32)
-    basis = jnp.zeros((1, 90, 64))
+    basis = np.zeros((1, 90, 64), np.float32)
     for _ in range(4):
       # Columns that a step does not use stay as they are: here, zero.
-      batch = solvers.Batch(
-        (jnp.asarray(g)[None],), np.full(1, 1.5), np.full(1, 0.1), basis.at[:, :, 16:].set(0)
-      )
-      (((update,), spectrum),) = solvers.solve_batches(
-        [batch], normalize='rms', solver='low_rank', choose_rank=True
+      basis = np.where(np.arange(64) < 16, basis, 0)
+      update, spectrum = solve(
+        g[None], basis, known=(1.5, 0.1), solver='low_rank', choose_rank=True
       )
       basis = spectrum.basis
     assert np.count_nonzero(np.any(np.asarray(basis[0]) != 0, axis=0)) == taken
@@ -278,13 +291,14 @@ def test_a_batch_is_solved_as_its_side_is():
     )
     for shape in shapes
   ]
-  solve = lambda *batches: solvers.solve_batches(batches, normalize='rms', solver='auto')
-  of = lambda *matrices: solve(
-    *(b._replace(matrices=m) for b, m in zip(batches, matrices, strict=True))
+  of = lambda *matrices: solvers.solve_batches(
+    [b._replace(matrices=m) for b, m in zip(batches, matrices, strict=True)],
+    normalize='rms',
+    solver='auto',
   )
-  text = str(jax.make_jaxpr(of)(*(batch.matrices for batch in batches)))
-  assert 'f32[41,128,128]' in text  # All together.
-  for batch, ((update,), _) in zip(batches, solve(*batches), strict=True):
+  matrices = [batch.matrices for batch in batches]
+  assert 'f32[41,128,128]' in str(jax.make_jaxpr(of)(*matrices))  # All together.
+  for batch, ((update,), _) in zip(batches, jax.jit(of)(*matrices), strict=True):
     for got, g in zip(update, batch.matrices[0], strict=True):
       bound = solvers.DEFAULT_TOLERANCE + FLOOR['rational']
       assert reference.relative_error(got, reference.update(g, 1.2, 0.1)) <= bound
@@ -365,6 +379,7 @@ def test_derivative_at_any_scale(solver):
     np.testing.assert_allclose(scale * backward(scaled[0], direction), near, atol=1e-4 * size)
 
 
+@pytest.mark.usefixtures('traced_anew')
 @pytest.mark.parametrize('solver', ['rational', 'polynomial'])
 def test_vmap_makes_no_more_products(solver, monkeypatch):
   """There a branch always runs: that for matrices out of range is a loop, of no rounds."""
@@ -681,13 +696,10 @@ def test_gradient_under_jit_and_vmap(solver):
 
 def spectrum_after(steps, solver='gram', normalize='rms', rank=1):
   """Of matrices (batch, m, n) step after step, each from the basis of the last."""
-  spectrum, basis = None, None
+  spectrum = None
+  basis = np.zeros((len(steps[0]), steps[0].shape[-1], rank), np.float32)
   for g in steps:
-    if basis is None:
-      basis = jnp.zeros((len(g), g.shape[-1], rank))
-    batch = solvers.Batch((jnp.asarray(g),), np.full(len(g), 2.0), np.full(len(g), 0.1), basis)
-    solve = functools.partial(solvers.solve_batches, normalize=normalize, solver=solver)
-    ((_, spectrum),) = solve([batch])
+    _, spectrum = solve(g, basis, known=(2.0, 0.1), normalize=normalize, solver=solver)
     basis = spectrum.basis
   return spectrum
 

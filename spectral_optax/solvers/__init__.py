@@ -10,6 +10,7 @@ orientation, dtype, normalisation and bad numbers are dealt with here, once for 
 methods. A new solver is a new file and a line in `SOLVERS`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -666,27 +667,52 @@ def apply_transfer(
       )
     return (np if known(value) else jnp).broadcast_to(value, axes).reshape(-1)
 
-  flat_matrix = matrix.reshape(-1, *matrix.shape[-2:]).astype(dtype)
-  small = min(matrix.shape[-2:])
-  batch = Batch(
-    (flat_matrix,),
-    flat(alpha, 'alpha'),
-    flat(damping, 'damping'),
-    jnp.zeros((len(flat_matrix), small, vectors(solver, rank, small)), dtype),
+  numbers = {'alpha': flat(alpha, 'alpha'), 'damping': flat(damping, 'damping')}
+  return _transfer(
+    matrix,
+    {name: x for name, x in numbers.items() if not known(x)},
+    known_numbers=tuple((name, *x.tolist()) for name, x in numbers.items() if known(x)),
+    normalize=normalize,
+    solver=solver,
+    tolerance=float(tolerance),
+    rank=None if rank is None else int(rank),
   )
 
-  def solve(batch: Batch) -> tuple[jax.Array, Spectrum]:
-    found = solve_batches(
-      [batch],
+
+# Outside of `jit`, operation by operation, this would be some seventy programs to compile.
+@functools.partial(
+  jax.jit,
+  static_argnames=('known_numbers', 'normalize', 'solver', 'tolerance', 'rank'),
+  inline=True,
+)
+def _transfer(
+  matrix: jax.Array,
+  traced: Mapping[str, jax.Array],
+  *,
+  known_numbers: tuple[tuple[Any, ...], ...],
+  normalize: str | None,
+  solver: str,
+  tolerance: float,
+  rank: int | None,
+) -> jax.Array:
+  """`apply_transfer` of what is checked; α and d are among `traced` or (name, number, ...)."""
+  numbers = {name: np.asarray(values) for name, *values in known_numbers} | dict(traced)
+  small = min(matrix.shape[-2:])
+  flat = matrix.reshape(-1, *matrix.shape[-2:])
+  flat = flat.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+  vacant = jnp.zeros((len(flat), small, vectors(solver, rank, small)), flat.dtype)
+
+  def solve(basis: jax.Array) -> tuple[jax.Array, Spectrum]:
+    (((update,), spectrum),) = solve_batches(
+      [Batch((flat,), **numbers, basis=basis)],
       normalize=normalize,
       solver=solver,
       tolerance=tolerance,
       choose_rank=rank is None,
     )
-    ((update,), spectrum) = found[0]
     return update, spectrum
 
-  update, spectrum = solve(batch)
+  update, spectrum = solve(vacant)
   if solver == 'low_rank':  # Once more, from a basis that is warm.
-    update, _ = solve(batch._replace(basis=jax.lax.stop_gradient(spectrum.basis)))
+    update, _ = solve(jax.lax.stop_gradient(spectrum.basis))
   return update.reshape(matrix.shape).astype(matrix.dtype)
