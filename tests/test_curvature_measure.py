@@ -37,7 +37,7 @@ def measured():
 def test_singular_values_and_curvature_of_every_matrix():
   params, batch, report = measured()
   loss = lambda params: loss_fn(params, batch)
-  value, gradients = jax.value_and_grad(loss)(params)
+  value, gradients = jax.jit(jax.value_and_grad(loss))(params)
   assert report.loss == pytest.approx(float(value), rel=1e-6)
   views = layout.matrix_views(params)
   # By depth, not by name; and a row for each layer of the stack.
@@ -52,23 +52,25 @@ def test_singular_values_and_curvature_of_every_matrix():
   ]
   types = [layer.layer_type for layer in report.layers]
   assert types == ['conv', *['dense'] * 5, 'head']
+  rows = {}
   for layer in report.layers:
-    view = views[layer.path]
-    assert layer.shape == (view.rows, view.columns)
-    assert layer.batch_shape == view.batch_shape
-    gradient = gradients[layer.path.split('/')[0]]['kernel']
-    index = layer.index[0] if layer.index else 0
-    matrix = np.asarray(view.to_matrices(jnp.asarray(gradient))[index])
-    u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
-    tolerance = 2e-6 * sigma[0]
-    np.testing.assert_allclose(layer.spectrum, sigma, rtol=0, atol=tolerance)
-    np.testing.assert_array_equal(layer.sigma, layer.spectrum[:4])
-    count = view.batch_shape[0] if view.batch_shape else 1
-    directions = {layer.path: (np.tile(u.T[:4], (count, 1, 1)), np.tile(vt[:4], (count, 1, 1)))}
-    there = sigma[:4] > 1e-4 * sigma[0]  # Others are rounding's.
-    h = dense_curvature(loss, params, layer.path, directions)[index]
-    atol = 3e-5 * np.abs(h).max()
-    np.testing.assert_allclose(layer.h[there], h[there], rtol=0, atol=atol, err_msg=layer.name)
+    rows.setdefault(layer.path, []).append(layer)
+  for path, layers in rows.items():
+    view = views[path]
+    assert [layer.index for layer in layers] == list(np.ndindex(view.batch_shape))
+    gradient = np.asarray(gradients[path.split('/')[0]]['kernel'])
+    matrices = np.asarray(view.to_matrices(jnp.asarray(gradient)))
+    u, sigma, vt = np.linalg.svd(matrices, full_matrices=False)
+    directions = {path: (np.swapaxes(u, 1, 2)[:, :4], vt[:, :4])}
+    h = dense_curvature(loss, params, path, directions)
+    for i, layer in enumerate(layers):
+      assert layer.shape == (view.rows, view.columns)
+      assert layer.batch_shape == view.batch_shape
+      np.testing.assert_allclose(layer.spectrum, sigma[i], rtol=0, atol=2e-6 * sigma[i, 0])
+      np.testing.assert_array_equal(layer.sigma, layer.spectrum[:4])
+      there = sigma[i, :4] > 1e-4 * sigma[i, 0]  # Others are rounding's.
+      atol = 3e-5 * np.abs(h[i]).max()
+      np.testing.assert_allclose(layer.h[there], h[i, there], rtol=0, atol=atol, err_msg=layer.name)
 
 
 def test_fits_of_a_row_are_those_of_the_functions():

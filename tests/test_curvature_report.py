@@ -181,7 +181,7 @@ def test_alpha_tree_reaches_the_optimizer():
   tx = spectral_optax.spectral_newton(0.1, alpha=tree, solver='svd')
   params = jax.tree.map(jnp.asarray, parameters())
   state = tx.init(params)
-  _, state = jax.jit(tx.update)(jax.grad(loss_fn)(params), state, params)
+  _, state = jax.jit(tx.update)(jax.jit(jax.grad(loss_fn))(params), state, params)
   used = dict(optax.tree.get(state, 'alpha'))
   assert used.keys() == tree.keys()
   for path, alpha in tree.items():

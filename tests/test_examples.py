@@ -123,7 +123,7 @@ def test_outputs_of_one_size_in_every_layer(language_model):
   for rms_of in ('matrix', 'output'):
     settings = language_model.OptimizerSettings('spectral_newton', 1.0, 10, 0.0, rms_of=rms_of)
     tx = language_model.make_optimizer(settings)
-    updates, _ = tx.update(grads, tx.init(grads), grads)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
     found[rms_of] = np.asarray(updates['blocks']['up']['kernel'])
   mean = lambda axes: np.mean(np.square(found['matrix']), axis=axes, keepdims=True)
   exact = 0.2 * np.sqrt(1.09 / (mean(1) + 0.09 * mean((1, 2)))) * found['matrix']

@@ -366,7 +366,7 @@ def test_arguments_that_do_not_fit():
   mesh = make_mesh()
   with pytest.raises(ValueError, match="'z', which is no axis of the mesh"):
     spectral_optax.spectral_newton(0.1, mesh=mesh, work_axes='z')
-  params = {'w': jnp.ones((16, 13))}
+  params = {'w': np.ones((16, 13), np.float32)}
   tx = spectral_optax.spectral_newton(0.1, mesh=mesh, shardings={'w': P('x', 'y')})
   with pytest.raises(ValueError, match=r"'w' does not divide its shape \(16, 13\)"):
     jax.jit(tx.update)(params, tx.init(params), params)
@@ -380,4 +380,4 @@ def test_arguments_that_do_not_fit():
     lambda p: tx.update(p, tx.init(p), p)[0], mesh=mesh, in_specs=P('x'), out_specs=P('x')
   )
   with pytest.raises(ValueError, match=r'manual here: inside jax\.shard_map'):
-    spread(params)
+    jax.jit(spread)(params)

@@ -131,7 +131,7 @@ def test_options_reach_the_optimizer(train_vision):
     args = train_vision.make_parser().parse_args(words)
     settings = train_vision.optimizer_settings('spectral_newton', 10, 0.2, args)
     tx = train_vision.make_optimizer(dataclasses.replace(settings, weight_decay=0.0), 1.0)
-    updates, _ = tx.update(grads, tx.init(grads), grads)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
     found.append(np.asarray(updates['kernel']))
   matrix, output = found
   outputs = np.mean(np.square(matrix), axis=0)
