@@ -58,11 +58,11 @@ def along(
   loss = lambda matrices: problem.loss({**params, **matrices}, rest, *batch)[0]
   at = {path: params[path] for path in update}
   gradient, along_it = jax.jvp(jax.grad(loss), (at,), (update,))
-  dot = lambda tree: sum(jnp.sum(tree[path] * update[path]) for path in update)
+  dot = lambda tree: jnp.sum(jnp.stack([jnp.vdot(tree[path], update[path]) for path in update]))
   return dot(gradient), dot(along_it)
 
 
-def updates_of(problem: _problems.Problem, momentum: Tree, alpha: Any, turn: Any) -> Tree:
+def updates_of(problem: _problems.Problem, momentum: Tree, alpha: Any, turn: Any) -> Any:
   """U T(Σ) Vᵀ of every matrix, at the size that the comparison gives all of them."""
   views = problem.matrices
   transfer = spectral_optax.scale_by_spectral_transfer(
@@ -137,7 +137,7 @@ def measure(
     'alphas': list(alphas),
     'turns': list(turns),
     'points': at,
-    'share': [float(schedule(t)) for t in at],
+    'share': [float(np.asarray(schedule(t))) for t in at],
     'slopes': slopes,
     'curvatures': curvatures,
   }
@@ -169,8 +169,8 @@ def table(name: str, found: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def tuned_rate(task: str) -> float | None:
-  """Of the defaults, in the comparison."""
+def tuned_rate(task: str) -> Any:
+  """Of the defaults, in the comparison; None where they have not been tuned."""
   known = json.loads((RESULTS / 'convergence.json').read_text('utf-8'))['tasks']
   return (
     known.get(task, {})

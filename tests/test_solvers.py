@@ -532,6 +532,17 @@ def test_traced_hyperparameters_under_jit_vmap_and_scan(solver, bound):
     assert reference.relative_error(scanned[i], mapped[i]) <= 1e-4
 
 
+def test_outside_of_jit_it_is_one_program_for_what_is_known_and_any_numbers():
+  apply = functools.partial(spectral_optax.apply_transfer, solver='svd')
+  size = solvers._transfer._cache_size
+  g, before = MATRICES['one by one'], size()
+  for damping in (0.1, jnp.float32(0.1), jnp.float32(0.2)):
+    for _ in range(2):
+      apply(g, alpha=1.23, damping=damping)
+      apply(2 * g, alpha=1.23, damping=damping)
+  assert size() - before == 2  # With d known, and with d traced.
+
+
 def test_leading_axes_are_a_batch():
   g = np.random.default_rng(0).standard_normal((2, 3, 7, 5)).astype(np.float32)
   for solver in FLOOR:

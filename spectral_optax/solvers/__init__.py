@@ -704,7 +704,7 @@ def _transfer(
 
   def solve(basis: jax.Array) -> tuple[jax.Array, Spectrum]:
     (((update,), spectrum),) = solve_batches(
-      [Batch((flat,), **numbers, basis=basis)],
+      [Batch((flat,), numbers['alpha'], numbers['damping'], basis)],
       normalize=normalize,
       solver=solver,
       tolerance=tolerance,
