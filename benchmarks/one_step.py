@@ -16,7 +16,8 @@ loss by r s d - r² s² q / 2. Summed over steps that is largest at r = Σ s d /
 
     (Σ s d)² / (2 Σ s² q).
 
-The tables have this, of the best, and r, which is to be compared with the rate that tuning found.
+The tables have this, of the best, and r, which is to be compared with the rate that tuning found;
+below them is what `convergence.py` found by training, cell by cell.
 No step is taken with any (α, σ*) but the defaults', and none looks further ahead than itself.
 """
 
@@ -40,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from reporting import environment, write_json
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 import spectral_optax
@@ -158,7 +160,7 @@ def table(name: str, found: dict[str, Any]) -> str:
   gain, rate = gains(found)
   part = gain / np.nanmax(gain)
   head = ' | '.join(f'{turn:g}' for turn in found['turns'])
-  lines = [f'**{name}**, tuned rate {found["rate"]:.3g}', '', f'| α \\ σ* | {head} |']
+  lines = [f'**{name}**, trained at a rate of {found["rate"]:.3g}', '', f'| α \\ σ* | {head} |']
   lines.append('| --- |' + ' ---: |' * len(found['turns']))
   for alpha, parts, rates in zip(found['alphas'], part, rate, strict=True):
     shown = lambda p: '**1**' if p == 1 else f'{p:.2f}'
@@ -167,6 +169,43 @@ def table(name: str, found: dict[str, Any]) -> str:
     )
     lines.append(f'| {alpha:g} | {cells} |')
   return '\n'.join(lines)
+
+
+def trained_cells(title: str) -> list[dict[str, Any]]:
+  """What the comparison has of this task, batch size and momentum: α, σ*, loss and best rate."""
+  known = json.loads((RESULTS / 'convergence.json').read_text('utf-8'))['tasks']
+  task, _, momentum = title.partition(', momentum ')
+  momentum = momentum or f'{_contestants.DEFAULT_MOMENTUM:g}'
+  of = known.get(task, {})
+  cells = [c for c in of.get('cells') or [] if c['momentum'] == float(momentum)]
+  cells += (of.get('momenta') or {}).get(momentum, {}).values()
+  constant = [c for c in cells if 'turn' in c and c['alpha'] == c['alpha_end']]
+  return list({(c['alpha'], c['turn']): c for c in constant}.values())  # Some are in both.
+
+
+def compare(found: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+  """Whether one step says what trainings at those (α, σ*) say; '' of fewer than three cells."""
+  gain, rate = gains(found)
+  rows = []
+  for cell in cells:
+    if cell['alpha'] in found['alphas'] and cell['turn'] in found['turns']:
+      at = found['alphas'].index(cell['alpha']), found['turns'].index(cell['turn'])
+      loss = float(np.mean(list(cell['losses'].values())))
+      rows.append((loss, -gain[at], cell['rate'], rate[at], cell['alpha'], cell['turn']))
+  if len(rows) < 3:
+    return ''
+  loss, lost, tuned, wanted, alpha, turn = np.array(rows).T
+  lost = np.nan_to_num(lost)  # Where no step lowers the loss, nothing is gained.
+  first, best = np.argmin(lost), np.argmin(loss)
+  cell = lambda i: f'({alpha[i]:g}, {turn[i]:g}), loss {loss[i]:.4f}'
+  off = np.log(wanted / tuned)
+  rank_correlation = lambda x, y: np.corrcoef(rankdata(x), rankdata(y))[0, 1]
+  return (
+    f'Of {len(rows)} cells that were trained: best by one step {cell(first)}; by training'
+    f' {cell(best)}. Rank correlation of gains and losses {rank_correlation(lost, loss):.2f}, of'
+    f' rates {rank_correlation(wanted, tuned):.2f}; rates wanted are {np.exp(np.nanmean(off)):.2f}'
+    f' of those tuned, times or by {np.exp(np.nanstd(off)):.2f}.'
+  )
 
 
 def tuned_rate(task: str) -> Any:
@@ -240,7 +279,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     content[title] = {'environment': environment(), **found}
     write_json(args.output, content)
   for title, found in content.items():
-    print(f'\n{table(title, found)}')
+    print(f'\n{table(title, found)}\n')
+    print(compare(found, trained_cells(title)))
   return content
 
 

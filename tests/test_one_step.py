@@ -67,6 +67,35 @@ def test_gains_are_those_of_the_best_rate(one_step):
   assert np.isnan([gain[0, 1], gain[1, 1], rate[0, 1], rate[1, 1]]).all()
 
 
+def test_compared_with_what_was_trained(one_step):
+  found = {
+    'alphas': [1.0, 1.5, 2.0],
+    'turns': [0.03],
+    'share': [1.0],
+    'slopes': [[[0.1], [0.2], [0.3]]],
+    'curvatures': [[[1.0], [1.0], [1.0]]],
+  }
+  cell = lambda alpha, loss, rate: {
+    'alpha': alpha, 'turn': 0.03, 'losses': {'0': loss - 1, '1': loss + 1}, 'rate': rate,
+  }  # fmt: skip
+  cells = [cell(1.0, 3.0, 0.2), cell(1.5, 1.0, 0.4), cell(2.0, 2.0, 0.6), cell(9.0, 0.0, 1.0)]
+  said = one_step.compare(found, cells)
+  assert 'Of 3 cells' in said
+  assert 'best by one step (2, 0.03), loss 2.0000; by training (1.5, 0.03), loss 1.0000' in said
+  assert 'gains and losses 0.50, of rates 1.00' in said
+  assert 'wanted are 0.50 of those tuned, times or by 1.00.' in said
+  assert one_step.compare(found, cells[:2]) == ''
+
+
+def test_what_was_trained_is_that_of_the_title(one_step):
+  cells = one_step.trained_cells
+  assert {c['momentum'] for c in cells('gpt-bytes, momentum 0.95')} == {0.95}
+  assert {c['momentum'] for c in cells('gpt-bytes')} == {0.9}
+  assert all('turn' in c for c in cells('gpt-bytes, batch_size 4'))
+  assert len(cells('gpt-bytes, batch_size 4')) == 9
+  assert cells('gpt-bytes, batch_size 5') == []
+
+
 @pytest.mark.usefixtures('problem')
 def test_a_run_leaves_what_it_says_beside_what_is_there(one_step, tmp_path, capsys):
   output = tmp_path / 'new' / 'one_step.json'
@@ -91,7 +120,7 @@ def test_a_run_leaves_what_it_says_beside_what_is_there(one_step, tmp_path, caps
   assert first['slopes'] != second['slopes']
   printed = capsys.readouterr().out
   for name in names:
-    assert f'**{name}**, tuned rate {content[name]["rate"]:.3g}' in printed
+    assert f'**{name}**, trained at a rate of {content[name]["rate"]:.3g}' in printed
   assert '| α \\ σ* | 0.03 |' in printed
 
 
