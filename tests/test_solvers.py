@@ -508,10 +508,11 @@ def test_auto_takes_the_cheapest():
   assert (traced(64), traced(512)) == ('polynomial', 'rational')
 
 
+@pytest.mark.parametrize('array', [np.array, jnp.array], ids=['known', 'traced'])
 @pytest.mark.parametrize('solver', ['svd', 'gram'])
-def test_one_alpha_and_damping_for_each_matrix(solver):
+def test_one_alpha_and_damping_for_each_matrix(solver, array):
   g = np.stack([MATRICES['square']] * 3)
-  alpha, damping = jnp.array([0.5, 1.0, 2.8]), jnp.array([0.1, 0.3, 0.01])
+  alpha, damping = array([0.5, 1.0, 2.8]), array([0.1, 0.3, 0.01])
   updates = spectral_optax.apply_transfer(g, alpha=alpha, damping=damping, solver=solver)
   for update, a, d in zip(updates, (0.5, 1.0, 2.8), (0.1, 0.3, 0.01), strict=True):
     exact = reference.update(g[0], a, d)
