@@ -1,6 +1,6 @@
 """Which (α, σ*) lowers the loss most in one step, on data that the step has not seen.
 
-    python benchmarks/one_step.py                                     # Four networks: an hour
+    python benchmarks/one_step.py                                     # Four networks
     python benchmarks/one_step.py --tasks gpt-bytes --batch-size 4 --rate 0.0283
     python benchmarks/one_step.py --report                            # Tables of what there is
 
@@ -10,9 +10,9 @@ every (α, σ*), each time to the same size; of what comes out, u, an independen
 
     d = ⟨∇L, u⟩,        q = uᵀ H u
 
-by one exact Hessian-vector product: of all layers together, with all that is between them, and
-noise in u has no part in d. A step of size r s(t), s the schedule's share of the peak r, lowers the
-loss by r s d - r² s² q / 2. Summed over steps that is largest at r = Σ s d / Σ s² q, where it is
+by one exact Hessian-vector product: of all layers together, with all that is between them; the
+noise of the batches that u is made of has no part in d, on average. A step of size r s(t), s the
+schedule's share of the peak r, lowers the loss by r s d - r² s² q / 2. Summed over steps that is largest at r = Σ s d / Σ s² q, where it is
 
     (Σ s d)² / (2 Σ s² q).
 
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.momentum != _contestants.DEFAULT_MOMENTUM:
       title += f', momentum {args.momentum:g}'
     data = _problems.load(task.data, args.data_dir, args.data_file)
-    # Convolutions as products: a Hessian-vector product of them is several times faster on a CPU.
+    # Convolutions as products, as where lanes are trained together.
     problem = _problems.Problem(task, data, together=task.data != 'bytes')
     found = measure(
       problem,

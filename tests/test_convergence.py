@@ -365,7 +365,10 @@ def test_measured_before_training_and_online(small, tmp_path, monkeypatch):
     assert alpha in (1.5, pytest.approx(np.clip(fitted, 0.5, 2.5), rel=1e-5))
     assert alpha == 1.5 or r_squared > 0.7
   monkeypatch.setattr(small._contestants, 'TRIALS', 2)
+  called, of_lanes = [], small.of_lanes
+  monkeypatch.setattr(small, 'of_lanes', lambda *args: called.append(1) or of_lanes(*args))
   content = small.main([*command.split(), '--contestants', 'measured_online', '--seeds', '0'])
+  assert called == [1]
   (run,) = content['tasks']['mlp-digits']['contestants']['measured_online']['runs']
   assert run['validation'][1] < run['validation'][0]  # At the smallest rates.
 
@@ -391,6 +394,30 @@ def test_what_is_done_now_and_then_is_not_done_always(small):
   conditions = lambda of, carry: str(jax.make_jaxpr(of)(carry, *arguments)).count('cond[')
   always = conditions(jax.vmap(of_one, in_axes=(0, 0, 0, None)), told_apart)
   assert conditions(advance, carry) == always + 1
+
+
+def test_lanes_are_trained_as_one_alone_is(small):
+  problem = small._problems.Problem(
+    small._problems.TASKS['mlp-digits'], small._problems.load('digits'), together=True
+  )
+  build = functools.partial(small._contestants.adamw, problem)
+  lanes = [
+    small._contestants.traced(problem, {'seed': i, 'rate': rate})
+    for i, rate in enumerate((1e-2, 0.1))
+  ]
+  samples = [jnp.asarray(problem.samples(i)[:16]) for i in range(2)]
+  together = lambda xs: jax.tree.map(lambda *xs: jnp.stack(xs), *xs)
+  start, advance = map(jax.jit, small.of_lanes(problem, build, lanes[0]))
+  all_lanes = together(lanes)
+  (found, *_), losses = advance(start(all_lanes), all_lanes, together(samples), problem.arrays)
+  of_one = jax.jit(lambda lane, which: problem.advance(
+    build, problem.start(build, lane), lane, which, problem.arrays
+  ))  # fmt: skip
+  for i, lane in enumerate(lanes):
+    (alone, *_), loss = of_one(lane, samples[i])
+    np.testing.assert_allclose(losses[i], loss, rtol=1e-4)
+    for path, x in alone.items():
+      np.testing.assert_allclose(found[path][i], x, rtol=1e-3, atol=1e-4)
 
 
 def test_what_jits_its_own_steps(small, tmp_path, monkeypatch):
