@@ -12,7 +12,8 @@ every (α, σ*), each time to the same size; of what comes out, u, an independen
 
 by one exact Hessian-vector product: of all layers together, with all that is between them; the
 noise of the batches that u is made of has no part in d, on average. A step of size r s(t), s the
-schedule's share of the peak r, lowers the loss by r s d - r² s² q / 2. Summed over steps that is largest at r = Σ s d / Σ s² q, where it is
+schedule's share of the peak r, lowers the loss by r s d - r² s² q / 2. Summed over steps that is
+largest at r = Σ s d / Σ s² q, where it is
 
     (Σ s d)² / (2 Σ s² q).
 
