@@ -23,7 +23,7 @@ from _problems import Params, Problem
 from jax.core import Tracer
 
 import spectral_optax
-from spectral_optax import exponents, layout
+from spectral_optax import exponents, layout, update_size
 
 # Optax's default for AdamW. On the matrices alone, for all.
 WEIGHT_DECAY = 1e-4
@@ -403,6 +403,12 @@ def kfac_runs_on(problem: Problem) -> bool:
   return has_no_state(problem) and 'attention' not in problem.types.values()
 
 
+def has_wide(problem: Problem) -> bool:
+  """Whether the default `rms_of` has any matrix that is treated output by output."""
+  views = layout.matrix_views(problem.shapes)
+  return 'output' in update_size.resolve('wide', problem.shapes, views).values()
+
+
 PERIOD = 5  # Steps between two bases of SOAP, and two inversions of K-FAC.
 
 
@@ -418,6 +424,7 @@ class Program:
     possible: On which tasks.
     period: Of what is done now and then, in steps, on a task.
     timed_as: A program whose steps are known to take as long, and as many FLOPs.
+    same_as: A program that is the very same on a task, whose trainings serve for both; '' if none.
   """
 
   build: Callable[[Problem, Any], optax.GradientTransformation] | None
@@ -426,6 +433,7 @@ class Program:
   possible: Callable[[Problem], bool] = lambda problem: True
   period: Callable[[Problem], int] = lambda problem: 1
   timed_as: str = ''
+  same_as: Callable[[Problem], str] = lambda problem: ''
 
 
 def _installed(name: str) -> bool:
@@ -455,6 +463,11 @@ PROGRAMS = {
   'spectral_newton': Program(spectral_newton),
   'measured_online': Program(measured_online, period=lambda problem: problem.task.every),
   'noise': Program(noise),
+  'noise_wide': Program(
+    functools.partial(noise, rms_of='wide'),
+    timed_as='noise',
+    same_as=lambda problem: '' if has_wide(problem) else 'noise',
+  ),
   # One hundredth longer at the most, timed side by side.
   'noise_by_output': Program(functools.partial(noise, rms_of='output'), timed_as='noise'),
   'noise_by_type': Program(functools.partial(noise, rms_of='layer_type'), timed_as='noise'),
@@ -521,6 +534,10 @@ class Contestant:
     """On this task."""
     return self.possible(problem) and PROGRAMS[self.program].possible(problem)
 
+  def program_on(self, problem: Problem) -> str:
+    """Key of the program whose trainings are its own, on this task."""
+    return PROGRAMS[self.program].same_as(problem) or self.program
+
   def grid(self) -> list[tuple[float, float | None]]:
     """Learning rate and knob of each trial."""
     if not self.knob[1]:
@@ -571,7 +588,7 @@ def _alpha_and_turn(pairs: Mapping[str, tuple[float, float]]) -> Lane:
 
 
 def constant_numbers(problem: Problem, seed: int, knob: float) -> Lane:
-  """What a user gets who says `damping="constant"`."""
+  """What a user gets who says `damping="constant"`, but for `rms_of`."""
   pairs = {p: exponents.default_exponents(t) for p, t in problem.types.items()}
   return _alpha_and_turn(pairs) | {'momentum': DEFAULT_MOMENTUM}
 
@@ -655,9 +672,16 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
     Contestant('psgd_kron', 'psgd_kron', 'PSGD Kron (rollfast)', FIRST_RATE / 2),
     Contestant(
       'spectral_newton',
-      'noise',
-      'Spectral Newton, defaults: α = 1.5, σ* from the noise',
+      'noise_wide',
+      'Spectral Newton, defaults: α = 1.5, σ* from the noise, rms_of="wide"',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+    ),
+    Contestant(
+      'by_matrix',
+      'noise',
+      'Spectral Newton, defaults and rms_of="matrix"',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      possible=has_wide,  # Elsewhere, 'spectral_newton'.
     ),
     Contestant(
       'by_output',
@@ -675,7 +699,7 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
     Contestant(
       'constant',
       'spectral_newton',
-      'Spectral Newton, constant damping',
+      'Spectral Newton, constant damping, rms_of="matrix"',
       numbers=constant_numbers,
     ),
     Contestant(

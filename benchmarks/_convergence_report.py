@@ -323,7 +323,8 @@ NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normal
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
 DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
 # Programs that are ours.
-SPECTRAL = ('spectral_newton', 'measured_online', 'noise', 'noise_by_output', 'noise_by_type')
+SPECTRAL = ('spectral_newton', 'measured_online', 'noise', 'noise_wide', 'noise_by_output',
+            'noise_by_type')  # fmt: skip
 ROLLFAST = ('contramuon', 'normuon', 'contranormuon', 'aurora', 'aurora_0.9', 'prism', 'psgd_kron')
 
 
@@ -332,7 +333,8 @@ def readme_part(content: Mapping[str, Any]) -> str:
   tasks = {name: (task, summary(task)) for name, task in content['tasks'].items()}
   heads = {
     'adamw': 'AdamW', 'muon': 'Muon', 'spectral_newton': 'Spectral Newton, defaults',
-    'constant': 'constant damping', 'shampoo': 'Shampoo', 'soap': 'SOAP', 'kfac': 'K-FAC',
+    'constant': 'constant damping, `rms_of="matrix"`', 'shampoo': 'Shampoo', 'soap': 'SOAP',
+    'kfac': 'K-FAC',
   }  # fmt: skip
   there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
 
@@ -537,7 +539,7 @@ def differences_figure(tasks: Mapping[str, Any]) -> Figure:
 # Of the overview, all rivals but SGD and the control with scalar rates: names and colours.
 OVERVIEW = {
   'spectral_newton': ('Spectral Newton', '#0072B2'),
-  'by_output': ('the same, rms_of="output"', '#56B4E9'),
+  'by_matrix': ('the same, rms_of="matrix"', '#56B4E9'),
   'muon': ('Muon', '#D55E00'),
   'aurora_0.9': ('Aurora, momentum 0.9', '#CC79A7'),
   'aurora': ('Aurora, momentum 0.95', '#CC79A7'),

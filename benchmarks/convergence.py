@@ -312,7 +312,7 @@ def tuned(
   losses = []
   for rate, knob in contestant.grid():
     of_seeds = [
-      store.get(problem, contestant.program, contestant.lane(problem, seed, rate, knob))
+      store.get(problem, contestant.program_on(problem), contestant.lane(problem, seed, rate, knob))
       for seed in _contestants.TUNING_SEEDS
     ]
     if any(record is None for record in of_seeds):
@@ -414,7 +414,8 @@ def wanted(
     for contestant in args.chosen:
       if not contestant.can_run(problem):
         continue
-      lanes.setdefault(contestant.program, []).extend(tuning_lanes(problem, contestant))
+      program = contestant.program_on(problem)
+      lanes.setdefault(program, []).extend(tuning_lanes(problem, contestant))
     for program, of in lanes.items():
       add(program, 'tuning', of)
   return parts
@@ -433,8 +434,8 @@ def train_all(
     for program, parts in wanted(problem, args).items():
       lanes = [lane for _, of in parts for lane in of]
       count = len(missing_lanes(problem, program, lanes, store))
-      chosen = [c for c in args.chosen if c.program == program] if args.compare else []
-      for contestant in (c for c in chosen if c.can_run(problem)):
+      of_it = lambda c: c.program_on(problem) == program and c.can_run(problem)  # noqa: B023
+      for contestant in filter(of_it, args.chosen if args.compare else ()):
         report = report_lanes(problem, contestant, store, args.seeds)
         count = count or len(missing_lanes(problem, program, report, store))
       if count:
@@ -481,7 +482,8 @@ def train_one(
     lanes = [
       lane
       for contestant in args.chosen
-      if contestant.program == runner.program and contestant.can_run(runner.problem)
+      if contestant.program_on(runner.problem) == runner.program
+      and contestant.can_run(runner.problem)
       for lane in report_lanes(runner.problem, contestant, store, args.seeds)
     ]
     perform(runner, lanes, store, args, 'report')
@@ -505,13 +507,13 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
     runs = []
     for seed in range(min(_contestants.TUNING_SEEDS)):
       lane = contestant.lane(problem, seed, best['rate'], best['knob'])
-      record = store.get(problem, contestant.program, lane)
+      record = store.get(problem, contestant.program_on(problem), lane)
       if record is not None:
         hidden = ('key', 'problem', 'program', 'lane')
         runs.append({'seed': seed, **{k: v for k, v in record.items() if k not in hidden}})
     found['contestants'][contestant.name] = {
       'what': contestant.what,
-      'program': contestant.program,
+      'program': contestant.program_on(problem),
       'knob': contestant.knob[0],
       'tuned': best,
       'runs': runs,

@@ -200,7 +200,10 @@ def compare(found: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
   first, best = np.argmin(lost), np.argmin(loss)
   cell = lambda i: f'({alpha[i]:g}, {turn[i]:g}), loss {loss[i]:.4f}'
   off = np.log(wanted / tuned)
-  rank_correlation = lambda x, y: np.corrcoef(rankdata(x), rankdata(y))[0, 1]
+  # Of what is all the same there is none.
+  rank_correlation = lambda x, y: (
+    np.corrcoef(rankdata(x), rankdata(y))[0, 1] if np.ptp(x) and np.ptp(y) else np.nan
+  )
   return (
     f'Of {len(rows)} cells that were trained: best by one step {cell(first)}; by training'
     f' {cell(best)}. Rank correlation of gains and losses {rank_correlation(lost, loss):.2f}, of'

@@ -110,7 +110,7 @@ class OptimizerSettings:
   weight_decay: float = WEIGHT_DECAY
   alpha: float | str = 'default'
   damping: float | str | None = None
-  rms_of: str = 'matrix'
+  rms_of: str = 'wide'
   measure_every: int = 100
 
 
@@ -485,7 +485,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   damping_help = 'number, "noise" or "constant"; default: what goes with alpha'
   add('--damping', type=damping_value, help=damping_help)
-  choices = ('matrix', 'output', 'layer_type')
+  choices = ('wide', 'matrix', 'output', 'layer_type')
   add('--rms-of', default=choices[0], choices=choices, help="whose updates have AdamW's size")
   add('--measure-every', type=int, default=100, help='steps, with --alpha measured, %(default)s')
   add('--output', type=pathlib.Path, help='PNG or JSON; default runs/language_model')

@@ -162,7 +162,7 @@ class OptimizerSettings:
   update_rms: float = 0.2
   tolerance: float | None = None
   momentum: float = 0.9
-  rms_of: str = 'matrix'
+  rms_of: str = 'wide'
 
 
 def make_optimizer(
@@ -693,7 +693,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--tolerance', type=float, help="of approximate solvers; default the library's")
   add('--momentum', type=float, default=0.9, help="Spectral Newton's and Muon's, %(default)s")
   add('--update-rms', type=float, nargs='+', default=[0.2], help='0.2; several with --tune')
-  choices = ('matrix', 'output', 'layer_type')
+  choices = ('wide', 'matrix', 'output', 'layer_type')
   add('--rms-of', default=choices[0], choices=choices, help='what has that size')
   add('--tune', action='store_true', help='tune the learning rates in place of comparing')
   add('--grid', type=float, nargs='+', help='learning rates for --tune; default by data set')

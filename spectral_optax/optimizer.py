@@ -24,7 +24,7 @@ def spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
-  rms_of: Any = 'matrix',
+  rms_of: Any = 'wide',
   weight_decay: optax.ScalarOrSchedule = 0.0,
   weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
@@ -93,10 +93,11 @@ def spectral_newton(
       do not meet `tolerance`.
     update_rms: Root mean square of updates in units of the learning rate; see `scale_to_rms`.
       None to leave the size that T gives.
-    rms_of: What has that size: the "matrix" as a whole (default), every "output" of it, or
-      "layer_type": every output of dense layers, attention and heads; convolutions as a whole.
-      Also a tree of these words, a prefix of one, a flat dict by path, or a callable that takes
-      the parameters and gives one.
+    rms_of: What has that size: the "matrix" as a whole, every "output" of it, or one or the other:
+      every output with "wide" (default) where there are more outputs than inputs, as in a
+      language model's head, with "layer_type" in all dense layers, attention and heads;
+      convolutions are whole with both. Also a tree of these words, a prefix of one, a flat dict
+      by path, or a callable that takes the parameters and gives one.
     weight_decay: Decoupled weight decay of the matrices, times the learning rate.
     weight_decay_mask: A tree of booleans (or a prefix, or a callable giving one) over
       the parameters: which matrices decay. None for all.

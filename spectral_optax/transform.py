@@ -524,9 +524,8 @@ def scale_to_rms(
   Args:
     rms: Of the entries of each matrix's update, in units of the learning rate. May
       be traced.
-    rms_of: What has that root mean square: the "matrix" (default), every "output", or
-      "layer_type", every output of dense layers and the matrix of convolutions; also a tree of
-      these, see `spectral_newton`.
+    rms_of: What has that root mean square: the "matrix" (default), every "output", or what "wide"
+      or "layer_type" say; also a tree of these, see `spectral_newton`.
     weight_dimension_numbers: See `spectral_newton`.
 
   Returns:
@@ -570,7 +569,7 @@ def scale_by_spectral_newton(
   tolerance: float | None = None,
   rank: int | None = None,
   update_rms: float | jax.Array | None = 0.2,
-  rms_of: Any = 'matrix',
+  rms_of: Any = 'wide',
   weight_dimension_numbers: layout.WeightDimNumOrFn | None = None,
   mesh: Any = None,
   work_axes: str | Sequence[str] | None = None,
@@ -593,7 +592,7 @@ def scale_by_spectral_newton(
     tolerance: See `apply_transfer`.
     rank: See `apply_transfer`.
     update_rms: See `scale_to_rms`; None to leave the size that T gives.
-    rms_of: See `scale_to_rms`.
+    rms_of: See `spectral_newton`.
     weight_dimension_numbers: See `spectral_newton`.
     mesh: See `spectral_newton`.
     work_axes: See `spectral_newton`.

@@ -10,16 +10,25 @@ import numpy as np
 
 from spectral_optax import layout
 
-OF = ('matrix', 'output', 'layer_type')
+OF = ('matrix', 'output', 'wide', 'layer_type')
 
 # An output whose update is smaller than this, in root mean squares of the matrix's, is held
 # back: a unit that is dead, whose momentum dies away, shall not go on at full speed.
 HELD_BACK = 0.3
 
 
-def of_layer_type(layer_type: str | None) -> str:
-  """What has one size in a layer of this type, "matrix" or "output", with "layer_type"."""
-  return 'matrix' if layer_type == 'conv' else 'output'
+def of_layer(word: str, layer_type: str | None, view: layout.MatrixView) -> str:
+  """What has one size in a layer, "matrix" or "output".
+
+  The columns of an n x m matrix with orthonormal columns are of one size; where there are more
+  outputs than inputs, m > n, only rows can be, and some outputs get more of an update than others,
+  whatever the spectrum: that is what "wide" makes even.
+  """
+  if word == 'layer_type':
+    return 'matrix' if layer_type == 'conv' else 'output'
+  if word == 'wide':
+    return 'output' if layer_type != 'conv' and view.columns > view.rows else 'matrix'
+  return word
 
 
 def check(of: Any) -> None:
@@ -51,13 +60,10 @@ def resolve(of: Any, params: Any, views: Mapping[str, layout.MatrixView]) -> dic
     if path not in entries:
       raise ValueError(f'rms_of has no value for the matrix {of_view}. Give one ("" is for all).')
     _check_word(entries[path], f'rms_of of {of_view}')
-  if 'layer_type' not in entries.values():
+  if not {'wide', 'layer_type'} & set(entries.values()):
     return {path: entries[path] for path in views}
   types = layout.layer_types_by_path(params)
-  return {
-    path: of_layer_type(types[path]) if entries[path] == 'layer_type' else entries[path]
-    for path in views
-  }
+  return {path: of_layer(entries[path], types[path], view) for path, view in views.items()}
 
 
 def to_rms(

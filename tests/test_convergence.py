@@ -239,9 +239,10 @@ def test_spectral_newton_of_a_lane_is_the_librarys(small):
   ('name', 'options'),
   [
     ('spectral_newton', {}),
+    ('by_matrix', {'rms_of': 'matrix'}),
     ('by_output', {'rms_of': 'output'}),
     ('by_layer', {'rms_of': 'layer_type'}),
-    ('constant', {'damping': 'constant'}),
+    ('constant', {'damping': 'constant', 'rms_of': 'matrix'}),
   ],
 )
 def test_contestants_of_defaults_are_what_a_user_gets(convergence, name, options):
@@ -249,8 +250,15 @@ def test_contestants_of_defaults_are_what_a_user_gets(convergence, name, options
   problems, contestants = convergence._problems, convergence._contestants
   task = problems.TASKS['vgg-fashion']
   arrays = {'train_x': np.zeros((1, 1, 28, 28), np.uint8), 'train_y': np.array([9], np.uint8)}
-  problem = problems.Problem(task, arrays, together=False)
   everyone = contestants.contestants()
+  # As it is no dense layer is wide, and one program serves with "wide" and without.
+  plain = problems.Problem(task, arrays, together=False)
+  assert everyone['spectral_newton'].program_on(plain) == 'noise'
+  assert not everyone['by_matrix'].can_run(plain)
+  narrow = {'plan': (16, problems.POOL, 32, problems.POOL, 8, problems.POOL, 8), 'hidden': 80}
+  task = convergence.dataclasses.replace(task, options=narrow)  # 72 to 80.
+  problem = problems.Problem(task, arrays, together=False)
+  assert everyone['spectral_newton'].program_on(problem) == 'noise_wide'
   lane = contestants.traced(problem, everyone[name].lane(problem, 0, 0.02, None))
   params = {p: jnp.ones(x.shape) for p, x in problem.shapes.items()}
   library = contestants.spectral_optax.spectral_newton(

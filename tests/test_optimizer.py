@@ -88,6 +88,10 @@ def test_readme_says_the_defaults():
   parameters = inspect.signature(spectral_optax.spectral_newton).parameters
   momentum = said['`momentum`, `nesterov`, `mu_dtype`'][0].split(', ')[0]
   assert float(momentum) == parameters['momentum'].default
+  sizes = [parameters[name].default for name in ('update_rms', 'rms_of')]
+  assert said['`update_rms`, `rms_of`'][0] == '{}, `"{}"`'.format(*sizes)
+  without_adam = inspect.signature(spectral_optax.scale_by_spectral_newton).parameters
+  assert [without_adam[name].default for name in ('update_rms', 'rms_of')] == sizes
   for name, defaults in (
     ('convolutions, `damping="constant"`', exponents.DEFAULT_CONV),
     ('every other matrix, `damping="constant"`', exponents.DEFAULT_OTHER),
@@ -237,7 +241,7 @@ def test_whole_step_is_muons_in_the_limit():
 
 def test_updates_have_the_stated_size():
   params, grads = mixed_params(), random_like(mixed_params())
-  tx = spectral_optax.spectral_newton(0.5, update_rms=0.3)
+  tx = spectral_optax.spectral_newton(0.5, update_rms=0.3, rms_of='matrix')
   state, update = tx.init(params), jax.jit(tx.update)
   for scale in (1e-12, 1.0, 1e12):
     updates, _ = update(jax.tree.map(lambda g: g * scale, grads), state, params)  # noqa: B023
@@ -283,6 +287,7 @@ def test_every_output_has_the_stated_size():
   ('rms_of', 'of_matrix'),
   [
     ('layer_type', ['Conv_0']),
+    ('wide', ['Conv_0', 'layers', 'Dense_1', 'head', 'wide_conv']),
     ({'': 'output', 'Dense_0': 'matrix', 'layers': 'layer_type'}, ['Dense_0']),
     (lambda params: {name: 'matrix' for name in params if name != 'Conv_0'} | {'Conv_0': 'output'},
      ['layers', 'Dense_0', 'Dense_1', 'head']),
@@ -292,6 +297,8 @@ def test_what_has_a_size_may_differ_between_layers(rms_of, of_matrix):
   """Also of layers whose matrices are of one shape, and are solved as one batch."""
   params = mixed_params()
   params['Dense_2'] = params['Dense_0']
+  if rms_of == 'wide':  # A convolution is whole even so.
+    params['wide_conv'] = {'kernel': jnp.ones((2, 2, 1, 6))}
   if callable(rms_of):
     of_matrix = [*of_matrix, 'Dense_2']
   grads = random_like(params)
@@ -299,10 +306,9 @@ def test_what_has_a_size_may_differ_between_layers(rms_of, of_matrix):
   found = {}
   for each in ('matrix', 'output', rms_of):
     tx = spectral_optax.spectral_newton(-1.0, rms_of=each, **how)
-    found[each if isinstance(each, str) else 'own'], _ = jax.jit(tx.update)(
-      grads, tx.init(params), params
-    )
-  own = found.get('own', found.get('layer_type'))
+    own, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    if isinstance(each, str):
+      found[each] = own
   for name in params.keys() - {'scale'}:
     as_said, other = ('matrix', 'output') if name in of_matrix else ('output', 'matrix')
     kernel = own[name]['kernel']
@@ -377,7 +383,7 @@ def test_an_output_that_dies_away_is_held_back():
   ],
 )
 def test_unknown_owner_of_the_size(build):
-  words = "rms_of must be one of 'matrix', 'output', 'layer_type', got 'column'"
+  words = "rms_of must be one of 'matrix', 'output', 'wide', 'layer_type', got 'column'"
   with pytest.raises(ValueError, match=words):
     build(rms_of='column')
 
