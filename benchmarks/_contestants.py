@@ -170,7 +170,7 @@ def measured_online(problem: Problem, lane: Any) -> optax.GradientTransformation
 
 
 def noise(
-  problem: Problem, lane: Any, *, any_alpha: bool = False, rms_of: str = 'matrix'
+  problem: Problem, lane: Any, *, any_alpha: bool = False, rms_of: Any = 'matrix'
 ) -> optax.GradientTransformation:
   """Ours with a damping that sets itself; `any_alpha`: at the lane's exponents, traced."""
   by_path = {path: lane['alpha'][i] for i, path in enumerate(problem.matrices)}
@@ -409,6 +409,13 @@ def has_wide(problem: Problem) -> bool:
   return 'output' in update_size.resolve('wide', problem.shapes, views).values()
 
 
+def wide_dense(problem: Problem) -> dict[str, str]:
+  """`rms_of` of plain dense layers with more outputs than inputs too, which the default is not."""
+  views = layout.matrix_views(problem.shapes)
+  too = {p for p, v in views.items() if problem.types[p] == 'dense' and v.columns > v.rows}
+  return {path: 'output' if path in too else 'wide' for path in views} if too else {}
+
+
 PERIOD = 5  # Steps between two bases of SOAP, and two inversions of K-FAC.
 
 
@@ -467,6 +474,9 @@ PROGRAMS = {
     functools.partial(noise, rms_of='wide'),
     timed_as='noise',
     same_as=lambda problem: '' if has_wide(problem) else 'noise',
+  ),
+  'noise_wide_dense': Program(
+    lambda problem, lane: noise(problem, lane, rms_of=wide_dense(problem)), timed_as='noise'
   ),
   # One hundredth longer at the most, timed side by side.
   'noise_by_output': Program(functools.partial(noise, rms_of='output'), timed_as='noise'),
@@ -682,6 +692,13 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'Spectral Newton, defaults and rms_of="matrix"',
       numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
       possible=has_wide,  # Elsewhere, 'spectral_newton'.
+    ),
+    Contestant(
+      'by_wide_dense',
+      'noise_wide_dense',
+      'Spectral Newton, defaults, and outputs of wide dense layers of one size',
+      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      possible=lambda problem: bool(wide_dense(problem)),
     ),
     Contestant(
       'by_output',

@@ -323,8 +323,8 @@ NETWORKS = {'resnet': 'ResNet', 'gpt': 'transformer', 'vgg': 'VGG without normal
             'vit': 'ViT', 'mlp': 'MLP'}  # fmt: skip
 DATA = {'fashion': 'on Fashion-MNIST', 'bytes': 'on bytes', 'digits': 'on the digits'}
 # Programs that are ours.
-SPECTRAL = ('spectral_newton', 'measured_online', 'noise', 'noise_wide', 'noise_by_output',
-            'noise_by_type')  # fmt: skip
+SPECTRAL = ('spectral_newton', 'measured_online', 'noise', 'noise_wide', 'noise_wide_dense',
+            'noise_by_output', 'noise_by_type')  # fmt: skip
 ROLLFAST = ('contramuon', 'normuon', 'contranormuon', 'aurora', 'aurora_0.9', 'prism', 'psgd_kron')
 
 

@@ -93,11 +93,11 @@ def spectral_newton(
       do not meet `tolerance`.
     update_rms: Root mean square of updates in units of the learning rate; see `scale_to_rms`.
       None to leave the size that T gives.
-    rms_of: What has that size: the "matrix" as a whole, every "output" of it, or one or the other:
-      every output with "wide" (default) where there are more outputs than inputs, as in a
-      language model's head, with "layer_type" in all dense layers, attention and heads;
-      convolutions are whole with both. Also a tree of these words, a prefix of one, a flat dict
-      by path, or a callable that takes the parameters and gives one.
+    rms_of: What has that size: the "matrix" as a whole, every "output" of it, or one or the other
+      by layer. "wide" (default): every output where there are more outputs than inputs, in heads
+      and the blocks of transformers (a language model's head, the up-projections); all else whole.
+      "layer_type": every output of whatever is no convolution. Also a tree of these words, a
+      prefix of one, a flat dict by path, or a callable that takes the parameters and gives one.
     weight_decay: Decoupled weight decay of the matrices, times the learning rate.
     weight_decay_mask: A tree of booleans (or a prefix, or a callable giving one) over
       the parameters: which matrices decay. None for all.

@@ -20,14 +20,16 @@ HELD_BACK = 0.3
 def of_layer(word: str, layer_type: str | None, view: layout.MatrixView) -> str:
   """What has one size in a layer, "matrix" or "output".
 
-  The columns of an n x m matrix with orthonormal columns are of one size; where there are more
-  outputs than inputs, m > n, only rows can be, and some outputs get more of an update than others,
-  whatever the spectrum: that is what "wide" makes even.
+  The outputs of a matrix with orthonormal columns are of one size; where there are more outputs
+  than inputs only rows can be orthonormal, and some outputs get more of an update than others,
+  whatever the spectrum. "wide" makes that even in the heads and blocks of a transformer, where it
+  pays; of plain dense layers and convolutions it leaves the matrix whole (docs/choosing.md).
   """
   if word == 'layer_type':
     return 'matrix' if layer_type == 'conv' else 'output'
   if word == 'wide':
-    return 'output' if layer_type != 'conv' and view.columns > view.rows else 'matrix'
+    plain = layer_type in ('conv', 'dense')
+    return 'output' if view.columns > view.rows and not plain else 'matrix'
   return word
 
 

@@ -251,12 +251,12 @@ def test_contestants_of_defaults_are_what_a_user_gets(convergence, name, options
   task = problems.TASKS['vgg-fashion']
   arrays = {'train_x': np.zeros((1, 1, 28, 28), np.uint8), 'train_y': np.array([9], np.uint8)}
   everyone = contestants.contestants()
-  # As it is no dense layer is wide, and one program serves with "wide" and without.
+  # A head of ten classes is not wide, and one program serves with "wide" and without.
   plain = problems.Problem(task, arrays, together=False)
   assert everyone['spectral_newton'].program_on(plain) == 'noise'
   assert not everyone['by_matrix'].can_run(plain)
-  narrow = {'plan': (16, problems.POOL, 32, problems.POOL, 8, problems.POOL, 8), 'hidden': 80}
-  task = convergence.dataclasses.replace(task, options=narrow)  # 72 to 80.
+  small = {'plan': (16, problems.POOL, 16, problems.POOL, 16), 'hidden': 8}
+  task = convergence.dataclasses.replace(task, options=small)
   problem = problems.Problem(task, arrays, together=False)
   assert everyone['spectral_newton'].program_on(problem) == 'noise_wide'
   lane = contestants.traced(problem, everyone[name].lane(problem, 0, 0.02, None))
@@ -290,9 +290,14 @@ def test_contestants_are_tuned_alike(convergence):
   network = convergence._measured.network(problem)
   measured = {'mlp-digits': {'network': network, 'before': found, 'early': found}}
   everyone = contestants.contestants(measured)
+  first, *others = sorted(set(problem.matrices) - {'head/kernel'})
+  assert contestants.wide_dense(problem) == {
+    first: 'output', **dict.fromkeys([*others, 'head/kernel'], 'wide')
+  }  # fmt: skip
   for contestant in everyone.values():
-    # Only convolutions tell these from the defaults, and here are none.
-    assert contestant.can_run(problem) == (contestant.name not in ('one_turn', 'by_layer'))
+    # Only convolutions, or a transformer's blocks, tell these from the defaults; here are none.
+    same = ('one_turn', 'by_layer', 'by_matrix')
+    assert contestant.can_run(problem) == (contestant.name not in same)
     grid = contestant.grid()
     assert len(set(grid)) == contestants.TRIALS
     seen = sorted({rate for rate, _ in grid})

@@ -287,7 +287,8 @@ def test_every_output_has_the_stated_size():
   ('rms_of', 'of_matrix'),
   [
     ('layer_type', ['Conv_0']),
-    ('wide', ['Conv_0', 'layers', 'Dense_1', 'head', 'wide_conv']),
+    ('wide', ['Conv_0', 'layers', 'Dense_0', 'Dense_1', 'Dense_2', 'head', 'wide_conv',
+              'block/mlp/down', 'block/attn/query']),
     ({'': 'output', 'Dense_0': 'matrix', 'layers': 'layer_type'}, ['Dense_0']),
     (lambda params: {name: 'matrix' for name in params if name != 'Conv_0'} | {'Conv_0': 'output'},
      ['layers', 'Dense_0', 'Dense_1', 'head']),
@@ -297,8 +298,10 @@ def test_what_has_a_size_may_differ_between_layers(rms_of, of_matrix):
   """Also of layers whose matrices are of one shape, and are solved as one batch."""
   params = mixed_params()
   params['Dense_2'] = params['Dense_0']
-  if rms_of == 'wide':  # A convolution is whole even so.
-    params['wide_conv'] = {'kernel': jnp.ones((2, 2, 1, 6))}
+  if rms_of == 'wide':  # Convolutions and plain dense layers are whole even so.
+    wider = {'wide_conv': (2, 2, 1, 6), 'lm_head': (4, 7), 'block/attn/query': (4, 4)}
+    wider |= {'block/mlp/up': (4, 6), 'block/mlp/down': (6, 4)}
+    params |= {name: {'kernel': jnp.ones(shape)} for name, shape in wider.items()}
   if callable(rms_of):
     of_matrix = [*of_matrix, 'Dense_2']
   grads = random_like(params)
