@@ -166,7 +166,7 @@ def table(name: str, found: dict[str, Any]) -> str:
   for alpha, parts, rates in zip(found['alphas'], part, rate, strict=True):
     shown = lambda p: '**1**' if p == 1 else f'{p:.2f}'
     cells = ' | '.join(
-      f'{shown(p)} ({r:.3f})' if np.isfinite(p) else '' for p, r in zip(parts, rates, strict=True)
+      f'{shown(p)} ({r:.2g})' if np.isfinite(p) else '' for p, r in zip(parts, rates, strict=True)
     )
     lines.append(f'| {alpha:g} | {cells} |')
   return '\n'.join(lines)
