@@ -5,8 +5,8 @@
     python benchmarks/one_step.py --report                            # Tables of what there is
 
 A rule for the best exponent, from what can be measured: curvature and noise. It holds on bytes, and
-not on images (docs/choosing.md). Along a training of
-`convergence.py` with the defaults, at some of its steps t, the momentum is put through the map at
+not on images (docs/choosing.md). Along a training of `convergence.py` with the defaults (but
+rms_of='matrix', as its maps are), at some of its steps t, the momentum is put through the map at
 every (α, σ*), each time to the same size; of what comes out, u, an independent batch says
 
     d = ⟨∇L, u⟩,        q = uᵀ H u
