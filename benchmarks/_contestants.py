@@ -589,6 +589,11 @@ def shuffled(values: Mapping[str, float], seed: int) -> dict[str, float]:
 DEFAULT_MOMENTUM = inspect.signature(spectral_optax.spectral_newton).parameters['momentum'].default
 
 
+def default_momentum(problem: Problem, seed: int, knob: float) -> Lane:
+  """The library's own, and nothing else."""
+  return {'momentum': DEFAULT_MOMENTUM}
+
+
 def _alpha_and_turn(pairs: Mapping[str, tuple[float, float]]) -> Lane:
   """From each matrix's (α, d)."""
   return {
@@ -684,33 +689,33 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'spectral_newton',
       'noise_wide',
       'Spectral Newton, defaults: α = 1.5, σ* from the noise, rms_of="wide"',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      numbers=default_momentum,
     ),
     Contestant(
       'by_matrix',
       'noise',
       'Spectral Newton, defaults and rms_of="matrix"',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      numbers=default_momentum,
       possible=has_wide,  # Elsewhere, 'spectral_newton'.
     ),
     Contestant(
       'by_wide_dense',
       'noise_wide_dense',
       'Spectral Newton, defaults, and outputs of wide dense layers of one size',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      numbers=default_momentum,
       possible=lambda problem: bool(wide_dense(problem)),
     ),
     Contestant(
       'by_output',
       'noise_by_output',
       'Spectral Newton, defaults and rms_of="output"',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      numbers=default_momentum,
     ),
     Contestant(
       'by_layer',
       'noise_by_type',
       'Spectral Newton, defaults and rms_of="layer_type"',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      numbers=default_momentum,
       possible=has_convolutions,  # Elsewhere, 'by_output'.
     ),
     Contestant(
@@ -785,7 +790,7 @@ def contestants(measured: Measured | None = None) -> dict[str, Contestant]:
       'measured_online',
       'measured_online',
       'Spectral Newton, α measured online',
-      numbers=lambda *_: {'momentum': DEFAULT_MOMENTUM},
+      numbers=default_momentum,
     ),
     Contestant('shampoo', 'shampoo', 'Shampoo (optax-shampoo)', FIRST_RATE, ('b2', (0.999, 0.95))),
     Contestant('soap', 'soap', 'SOAP (levanter)', FIRST_RATE, ('b2', (0.999, 0.95))),

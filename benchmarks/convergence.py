@@ -421,6 +421,13 @@ def wanted(
   return parts
 
 
+def trained_by(
+  problem: _problems.Problem, program: str, chosen: Iterable[_contestants.Contestant]
+) -> list[_contestants.Contestant]:
+  """Those whose trainings a program does, on this task."""
+  return [c for c in chosen if c.program_on(problem) == program and c.can_run(problem)]
+
+
 def train_all(
   problems: Iterable[_problems.Problem], store: Store, args: argparse.Namespace
 ) -> list[str]:
@@ -434,8 +441,7 @@ def train_all(
     for program, parts in wanted(problem, args).items():
       lanes = [lane for _, of in parts for lane in of]
       count = len(missing_lanes(problem, program, lanes, store))
-      of_it = lambda c: c.program_on(problem) == program and c.can_run(problem)  # noqa: B023
-      for contestant in filter(of_it, args.chosen if args.compare else ()):
+      for contestant in trained_by(problem, program, args.chosen) if args.compare else ():
         report = report_lanes(problem, contestant, store, args.seeds)
         count = count or len(missing_lanes(problem, program, report, store))
       if count:
@@ -481,9 +487,7 @@ def train_one(
   if args.compare:
     lanes = [
       lane
-      for contestant in args.chosen
-      if contestant.program_on(runner.problem) == runner.program
-      and contestant.can_run(runner.problem)
+      for contestant in trained_by(runner.problem, runner.program, args.chosen)
       for lane in report_lanes(runner.problem, contestant, store, args.seeds)
     ]
     perform(runner, lanes, store, args, 'report')

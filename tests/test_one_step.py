@@ -85,6 +85,9 @@ def test_compared_with_what_was_trained(one_step):
   assert 'gains and losses 0.50, of rates 1.00' in said
   assert 'wanted are 0.50 of those tuned, times or by 1.00.' in said
   assert one_step.compare(found, cells[:2]) == ''
+  # One rate for all has no ranks.
+  alike = [{**c, 'rate': 0.4} for c in cells]
+  assert 'gains and losses 0.50, of rates nan' in one_step.compare(found, alike)
 
 
 def test_what_was_trained_is_that_of_the_title(one_step):
