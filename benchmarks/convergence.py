@@ -363,10 +363,11 @@ def path_lanes(args: argparse.Namespace) -> list[Lane]:
   ]
 
 
-def momentum_lanes(args: argparse.Namespace) -> dict[str, list[Lane]]:
-  """By program: the cells of the map, with --noise its exponents, and Muon, at other momenta."""
+def momentum_lanes(problem: _problems.Problem, args: argparse.Namespace) -> dict[str, list[Lane]]:
+  """By program, at other momenta: Muon, the cells, and what --noise and --defaults ask for."""
   usual = _contestants.PER_LANE['momentum']
-  lanes: dict[str, list[Lane]] = {'spectral_newton': [], 'muon': [], NOISE: []}
+  ours = program_of_defaults(problem)
+  lanes: dict[str, list[Lane]] = {'spectral_newton': [], 'muon': [], NOISE: [], ours: []}
   for momentum in args.momenta:
     own = {} if momentum == usual else {'momentum': momentum}
     for rate, seed in itertools.product(args.rates, args.map_seeds):
@@ -378,7 +379,14 @@ def momentum_lanes(args: argparse.Namespace) -> dict[str, list[Lane]]:
       ]
       if args.noise:
         lanes[NOISE] += [usual_lane | {'alpha': alpha} for alpha in args.alphas]
+      if args.defaults:
+        lanes[ours].append(usual_lane)
   return {program: of for program, of in lanes.items() if of}
+
+
+def program_of_defaults(problem: _problems.Problem) -> str:
+  """Key of the program that trains with the defaults, on this task."""
+  return _contestants.contestants({})['spectral_newton'].program_on(problem)
 
 
 NOISE = 'noise_of_alpha'  # The program whose σ* the noise sets.
@@ -404,7 +412,7 @@ def wanted(
     add('spectral_newton', 'map', map_lanes(args))
   if args.schedules:
     add('spectral_newton', 'schedules', path_lanes(args))
-  for program, moved in momentum_lanes(args).items() if args.momenta else ():
+  for program, moved in momentum_lanes(problem, args).items() if args.momenta else ():
     add(program, 'momenta', moved)
   if args.map or args.schedules:
     for program in REFERENCES:
@@ -549,7 +557,8 @@ def outcome(problem: _problems.Problem, store: Store, args: argparse.Namespace) 
         by_rate.setdefault(lane['rate'], {})[lane['seed']] = _number(record['validation_loss'])
     if by_rate:
       found['references'][program] = best_rate(by_rate)
-  found['momenta'] = momenta(apart('muon'), found['cells'], apart(NOISE))
+  defaults = apart(program_of_defaults(problem))
+  found['momenta'] = momenta(apart('muon'), found['cells'], apart(NOISE), defaults)
   return found
 
 
@@ -630,14 +639,18 @@ def cost_of(
 
 
 def momenta(
-  muon: Iterable[Record], cells: Iterable[dict[str, Any]], noise: Iterable[Record] = ()
+  muon: Iterable[Record],
+  cells: Iterable[dict[str, Any]],
+  noise: Iterable[Record] = (),
+  defaults: Iterable[Record] = (),
 ) -> dict[str, dict[str, Any]]:
-  """By momentum, Muon and σ* from the noise, and the cells that were run at other momenta too.
+  """By momentum, Muon, the defaults, σ* from the noise, and the cells that were run elsewhere too.
 
   All at the best learning rate.
   """
   usual = _contestants.PER_LANE['momentum']
   named = [('Muon', record) for record in muon]
+  named += [('the defaults', record) for record in defaults]
   named += [(f'α = {r["lane"]["alpha"]:g}, σ* from the noise', r) for r in noise]
   by_name: dict[tuple[float, str], dict[float, dict[int, float]]] = {}
   for name, record in sorted(named, key=lambda of: of[0] != 'Muon'):
@@ -736,11 +749,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--measured', type=pathlib.Path, default=MEASURED, help='JSON that --measure writes')
   for name, values in (('alphas', 'ALPHAS'), ('turns', 'TURNS'), ('rates', 'RATES')):
     default = list(getattr(_contestants, f'MAP_{values}'))
-    add(f'--{name}', type=float, nargs='+', default=default, help='of the map')
+    few = '+' if name == 'rates' else '*'
+    add(f'--{name}', type=float, nargs=few, default=default, help='of the map')
   add('--map-seeds', type=int, nargs='+', default=list(_contestants.MAP_SEEDS))
   add('--momentum', type=float, help='of the map')
   add('--momenta', type=float, nargs='+', help='to run cells of the map and Muon at')
   add('--noise', action='store_true', help='exponents of the map with σ* from the noise, likewise')
+  add('--defaults', action='store_true', help='the defaults, likewise')
   add('--batch-size', type=int, help="in place of the tasks' own")
   add('--steps', type=int, help="in place of the tasks' own")
   add('--width', type=int, help="in place of the networks' own")
