@@ -338,12 +338,13 @@ def readme_part(content: Mapping[str, Any]) -> str:
   }  # fmt: skip
   there = [n for n in SHOWN if any(n in rows for _, rows in tasks.values())]
 
-  def label(task: Mapping[str, Any]) -> str:
-    of = task['task']
-    return f'{NETWORKS[of["network"]]} {DATA[of["data"]]}, {of["steps"]}'
+  def label(name: str, task: Mapping[str, Any]) -> str:
+    of, options = task['task'], name.partition(', ')[2]
+    changed = f' ({options})' if options else ''
+    return f'{NETWORKS[of["network"]]} {DATA[of["data"]]}{changed}, {of["steps"]}'
 
   losses, targets = [], []
-  for task, rows in tasks.values():
+  for title, (task, rows) in tasks.items():
     if 'muon' not in rows:
       continue
     alone = {n: r for n, r in rows.items() if n not in SHOWN}
@@ -363,8 +364,8 @@ def readme_part(content: Mapping[str, Any]) -> str:
     cells = [both(n) if n in rows else '' for n in there]
     # The rows are in order, the best first.
     others = [next(iter(of(programs)), '') for programs in (ROLLFAST, SPECTRAL)]
-    losses.append([label(task), *cells, *others])
-    targets.append([label(task), *(three(rows[n]) if n in rows else '' for n in there)])
+    losses.append([label(title, task), *cells, *others])
+    targets.append([label(title, task), *(three(rows[n]) if n in rows else '' for n in there)])
   titles = [heads[n] for n in there]
   return '\n\n'.join(
     [
@@ -602,6 +603,7 @@ def write(content: Mapping[str, Any], output: pathlib.Path) -> list[pathlib.Path
   tasks = content['tasks']
   compared = {n: t for n, t in tasks.items() if any(c['runs'] for c in t['contestants'].values())}
   beside_muon = {n: t for n, t in compared.items() if 'muon' in summary(t)}
+  unchanged = {n: t for n, t in beside_muon.items() if ', ' not in n}  # No options of their own.
   mapped = {
     name if len(maps_of(task)) == 1 else f'{name}, momentum {momentum:g}': (
       cells,
@@ -613,7 +615,7 @@ def write(content: Mapping[str, Any], output: pathlib.Path) -> list[pathlib.Path
   for name, of, draw in (
     ('curves', compared, curves_figure),
     ('differences', beside_muon, differences_figure),
-    ('overview', beside_muon, overview_figure),
+    ('overview', unchanged, overview_figure),
     ('map', mapped, map_figure),
   ):
     if of:

@@ -131,20 +131,33 @@ TASKS = {
 Arrays = dict[str, np.ndarray]
 
 
-def load(name: str, folder: str | None = None, packed: pathlib.Path | None = None) -> Arrays:
+def load(
+  name: str,
+  folder: str | None = None,
+  packed: pathlib.Path | None = None,
+  images: int | None = None,
+) -> Arrays:
   """Training, validation and test data as they are kept: pixels and text as bytes.
 
   Args:
     name: "fashion", "digits" or "bytes".
     folder: Of Fashion-MNIST, see `vision_data.load`.
     packed: A file that `pack` has written, in place of what this machine has.
+    images: How many to train on, in place of `KEPT`: the first of them, and more.
+
+  Raises:
+    ValueError: there are not so many, or not the data.
   """
   if packed is not None and name != 'digits':
     with np.load(packed) as file:
       found = {k.removeprefix(f'{name}_'): file[k] for k in file.files if k.startswith(name)}
     if not found:
       raise ValueError(f'{packed} has no data for {name!r}: write it anew with --pack-data.')
-    return found
+    if name == 'bytes':
+      return found
+    return found | _first(
+      {k: v for k, v in found.items() if k.startswith('train')}, images, str(packed)
+    )
   if name == 'bytes':
     text = stdlib_bytes.load(CONTEXT).text
     # Blocks of about 31 kB: what is held out is in the middle of everything else.
@@ -162,7 +175,8 @@ def load(name: str, folder: str | None = None, packed: pathlib.Path | None = Non
     x, y, test_x, test_y = vision_data._fashion_mnist(source)
   order = np.random.default_rng(0).permutation(len(x))
   held = min(HELD_OUT, len(x) // 5)
-  train, validation = order[held : held + KEPT], order[:held]
+  train, validation = order[held:], order[:held]
+  train = _first({'train': train}, images, name)['train']
   return {
     'train_x': x[train].astype(np.uint8),
     'train_y': y[train].astype(np.uint8),
@@ -171,6 +185,14 @@ def load(name: str, folder: str | None = None, packed: pathlib.Path | None = Non
     'test_x': test_x.astype(np.uint8),
     'test_y': test_y.astype(np.uint8),
   }
+
+
+def _first(arrays: Arrays, images: int | None, source: str) -> Arrays:
+  """As many of each as are asked for; at most `KEPT` where nothing is."""
+  count = len(next(iter(arrays.values())))
+  if images is not None and not 0 < images <= count:
+    raise ValueError(f'{source} has {count} images to train on, not {images}.')
+  return {k: v[: images or KEPT] for k, v in arrays.items()}
 
 
 def pack(path: pathlib.Path, folder: str | None = None) -> int:

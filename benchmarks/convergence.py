@@ -759,6 +759,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--batch-size', type=int, help="in place of the tasks' own")
   add('--steps', type=int, help="in place of the tasks' own")
   add('--width', type=int, help="in place of the networks' own")
+  add('--images', type=int, help=f'to train on, in place of {_problems.KEPT}')
   add('--lanes', type=int, default=1, help='trainings at once, of a small network; fewer of others')
   add('--half', action='store_true', help='forward and backward in bfloat16')
   add('--budget', type=float, default=math.inf, help='seconds after which nothing is begun')
@@ -809,7 +810,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       # A matrix has as many more numbers.
       times = math.ceil((args.width / task.options['width']) ** 2)
       changes |= {'options': {**task.options, 'width': args.width}, 'weight': task.weight * times}
-    args.chosen_tasks.append(dataclasses.replace(task, **changes))
+    if args.images is not None and task.data == 'bytes':
+      parser.error(f'{name} is not trained on images; choose other --tasks.')
+    args.chosen_tasks.append(task := dataclasses.replace(task, **changes))
+    if args.images is not None and args.images < task.batch_size:
+      parser.error(f'{name} takes {task.batch_size} images a step; --images must be as many.')
   return args
 
 
@@ -818,7 +823,7 @@ def load_problems(args: argparse.Namespace) -> list[_problems.Problem]:
   arrays = {}
   for task in args.chosen_tasks:
     if task.data not in arrays:
-      arrays[task.data] = _problems.load(task.data, args.data_dir, args.data_file)
+      arrays[task.data] = _problems.load(task.data, args.data_dir, args.data_file, args.images)
   # In a loop on a CPU, too, convolutions are many times slower than products.
   by_product = args.lanes > 1 or not args.time
   return [
@@ -829,7 +834,7 @@ def load_problems(args: argparse.Namespace) -> list[_problems.Problem]:
 
 def title(problem: _problems.Problem, args: argparse.Namespace) -> str:
   """What the JSON calls a task, with the options that are not its own."""
-  options = {name: getattr(args, name) for name in ('batch_size', 'steps', 'width')}
+  options = {name: getattr(args, name) for name in ('batch_size', 'steps', 'width', 'images')}
   own = [f', {name} {value:g}' for name, value in options.items() if value is not None]
   return problem.task.name + ''.join(own)
 

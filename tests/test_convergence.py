@@ -599,7 +599,7 @@ def test_what_the_readme_says(convergence, tmp_path):
     'aurora': entry('aurora', None, run(0, 2.0), run(1, 2.0)),
   }
   task = {'task': of, 'contestants': contestants, 'cells': [], 'references': {}}
-  content = {'tasks': {'mlp-digits': task}, 'notes': ['A note.']}
+  content = {'tasks': {'mlp-digits': task, 'mlp-digits, images 9': task}, 'notes': ['A note.']}
   rows = report.summary(task)
   # To 1.1 from 2.0 to 0.2 in the second ten steps.
   assert rows['spectral_newton']['steps'] == pytest.approx(15)
@@ -620,11 +620,15 @@ def test_what_the_readme_says(convergence, tmp_path):
   assert '**.200 ± .000**; 50.0 %' in once
   assert '| 2.000 ± .000; 50.0 % (aurora) | .300 ± .000; **72.5** % (spectral_newton) |' in once
   assert '15; 4.00 ms; 0.0600 s; 15.0' in once
+  assert once.count('| MLP on the digits (images 9), 20 |') == once.count(
+    '| MLP on the digits, 20 |'
+  )
   assert 'never' in once
   text = report.markdown(content)
   assert '- A note.' in text
   # More accurate by .25 and .2.
-  (row,) = (line for line in text.splitlines() if '72.50' in line)
+  row, again = (line for line in text.splitlines() if '72.50' in line)
+  assert row == again
   losses = ['0.3000 ± 0.0000', '-2.7000 ± 0.0000', '-0.8000 ± 1.2706', '+0.1000 ± 0.0000']
   assert row.split(' | ')[1:6] == ['2', *losses]
   percent = [cell.split(' ±')[0] for cell in row.split(' | ')[6:11]]
@@ -756,6 +760,33 @@ def test_best_rate_and_divergence(convergence):
   # To 1.1 from 2.0 to 0.9 in the second ten steps; the diverged one counts in full.
   assert rows['other']['steps'] == pytest.approx((10 + 10 * 0.9 / 1.1 + 20) / 2)
   assert 'diverged' in convergence._convergence_report.contestants_table(task)
+
+
+def test_more_images_or_fewer(convergence, tmp_path, capsys):
+  problems = convergence._problems
+  most, few = problems.load('digits'), problems.load('digits', images=100)
+  assert len(most['train_x']) > 1000
+  for part in ('x', 'y'):
+    np.testing.assert_array_equal(few[f'train_{part}'], most[f'train_{part}'][:100])
+    np.testing.assert_array_equal(few[f'validation_{part}'], most[f'validation_{part}'])
+  np.savez(tmp_path / 'data.npz', **{f'fashion_{k}': v for k, v in most.items()})
+  packed = problems.load('fashion', packed=tmp_path / 'data.npz', images=100)
+  assert packed.keys() == few.keys()
+  np.testing.assert_array_equal(packed['train_x'], few['train_x'])
+  for source in ({'name': 'digits'}, {'name': 'fashion', 'packed': tmp_path / 'data.npz'}):
+    with pytest.raises(ValueError, match=r'images to train on, not 60000\.'):
+      problems.load(**source, images=60_000)
+  args = convergence.parse(['--tasks', 'mlp-digits', '--images', '100', '--report'])
+  (problem,) = convergence.load_problems(args)
+  assert problem.samples(0).max() < 100
+  assert convergence.title(problem, args) == 'mlp-digits, images 100'
+  for name, count, message in (
+    ('gpt-bytes', '100', 'gpt-bytes is not trained on images'),
+    ('mlp-digits', '50', 'takes 64 images a step'),
+  ):
+    with pytest.raises(SystemExit):
+      convergence.parse(['--tasks', name, '--images', count, '--report'])
+    assert message in capsys.readouterr().err
 
 
 def test_packed_data_is_the_same(convergence, tmp_path, monkeypatch):
