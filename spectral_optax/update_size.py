@@ -92,17 +92,21 @@ def to_rms(
     columns_over: Mesh axes that columns are divided over.
   """
 
-  def mean_square(axes: tuple[int, ...], count: int, names: tuple[str, ...]) -> jax.Array:
-    here = jnp.sum(jnp.square(x), axes, keepdims=True)
+  def mean(
+    squares: jax.Array, axes: tuple[int, ...], count: int, names: tuple[str, ...]
+  ) -> jax.Array:
+    here = jnp.sum(squares, axes, keepdims=True)
     return (jax.lax.psum(here, names) if names else here) / count
 
-  if shape is None:
-    shape = math.prod(x.shape[a] for a in rows), math.prod(x.shape[a] for a in columns)
-  mean = matrix = mean_square(rows + columns, math.prod(shape), rows_over + columns_over)
-  if of == 'output':
-    outputs = mean_square(rows, shape[0], rows_over)
-    mean = (outputs + HELD_BACK**2 * matrix) / (1 + HELD_BACK**2)
-  return _factor(rms, mean, matrix) * x
+  m, n = shape or (math.prod(x.shape[a] for a in rows), math.prod(x.shape[a] for a in columns))
+  squares = jnp.square(x)
+  if of == 'matrix':
+    matrix = mean(squares, rows + columns, m * n, rows_over + columns_over)
+    return _factor(rms, matrix, matrix) * x
+  outputs = mean(squares, rows, m, rows_over)
+  matrix = mean(outputs, columns, n, columns_over)  # Of the outputs': x is read once.
+  held_back = (outputs + HELD_BACK**2 * matrix) / (1 + HELD_BACK**2)
+  return _factor(rms, held_back, matrix) * x
 
 
 def _factor(rms: float | jax.Array, mean: jax.Array, matrix: jax.Array) -> jax.Array:
