@@ -158,6 +158,36 @@ def contestants_table(task: Mapping[str, Any]) -> str:
   return table(columns, rows)
 
 
+def along_table(task: Mapping[str, Any], parts: int = 4) -> str:
+  """Losses of the defaults minus those of AdamW and of Muon, along the training; '' without them.
+
+  On validation data a lead that goes while that on the training data stays is overfitting.
+  """
+  entries = {name: of for name, of in task['contestants'].items() if of['runs']}
+  others = [name for name in COMPARED_WITH if name != 'spectral_newton' and name in entries]
+  if 'spectral_newton' not in entries or not others:
+    return ''
+  points = task['task']['steps'] // task['task']['every']
+  places = [points * (i + 1) // parts - 1 for i in range(parts)] if points >= parts else [-1]
+  at = lambda name, key, place: {
+    run['seed']: math.inf if run[key][place] is None else run[key][place]
+    for run in entries[name]['runs']
+  }
+  rows = [
+    [
+      f'{words} - {COMPARED_WITH[other]}',
+      *(
+        plus_minus(paired(at('spectral_newton', key, i), at(other, key, i))[:2], 4, '+')
+        for i in places
+      ),
+    ]
+    for other in others
+    for key, words in (('validation', 'validation loss'), ('train', 'training loss'))
+  ]
+  steps = [f'after {task["task"]["every"] * (i % points + 1)} steps' for i in places]
+  return table(['defaults', *steps], rows)
+
+
 def to_target(row: Mapping[str, Any], name: str) -> str:
   """Seconds or 10^9 FLOPs until the target; "never", or nothing where no step was measured."""
   if name not in row:
@@ -264,6 +294,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         ' to the mean validation loss that Muon ends with; runs that do not get there'
         f' count in full.{trained_on(task)}\n'
       )
+      if along := along_table(task):
+        parts.append('Along the training, seed by seed:\n')
+        parts.append(along + '\n')
     maps, paths = maps_of(task), paths_of(task)
     for momentum, cells in maps.items():
       seeds = max(len(cell['losses']) for cell in cells)

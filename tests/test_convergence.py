@@ -634,6 +634,33 @@ def test_what_the_readme_says(convergence, tmp_path):
   percent = [cell.split(' ±')[0] for cell in row.split(' | ')[6:11]]
   assert percent == ['72.50', '+22.50', '+22.50', '+22.50', '0.1500']
   assert '| 15 | 4.00 | 0.0600 | 15.0 |' in text
+  # Of training losses only that of the last ten steps differs.
+  assert '| defaults | after 20 steps |' in text
+  assert '| validation loss - Muon | -0.9000 ± 1.2706 |' in text
+  assert '| training loss - AdamW | -1.4000 ± 0.0000 |' in text
+  quarters = {
+    'task': {'every': 10, 'steps': 40},
+    'contestants': {
+      name: {
+        'runs': [
+          {'seed': s, 'train': [of] * 4, 'validation': [5, of, of * s, None]} for s in (1, 2)
+        ]
+      }
+      for name, of in (('spectral_newton', 2.0), ('adamw', 3.0))
+    },
+  }
+  lines = report.along_table(quarters).splitlines()
+  assert (
+    lines[0] == '| defaults | ' + ' | '.join(f'after {i} steps' for i in (10, 20, 30, 40)) + ' |'
+  )
+  assert lines[2].split(' | ')[1:] == [
+    '+0.0000 ± 0.0000',
+    '-1.0000 ± 0.0000',
+    '-1.5000 ± 6.3531',
+    ' |',
+  ]
+  assert lines[3].split(' | ')[1:4] == ['-1.0000 ± 0.0000'] * 3
+  assert report.along_table({**quarters, 'contestants': {}}) == ''
   # The project's own has the marks.
   readme = (BENCHMARKS.parent / 'README.md').read_text('utf-8')
   assert readme.count(report.BEGIN) == readme.count(report.END) == 1
