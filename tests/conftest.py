@@ -4,7 +4,8 @@ import importlib
 import os
 import pathlib
 
-# A step over a few shapes is compiled over and over: keep the results between runs.
+# A step over a few shapes is compiled over and over: keep the results between runs, of single
+# operations too, which are most of them.
 _CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
