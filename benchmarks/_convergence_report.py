@@ -53,10 +53,10 @@ def steps_to(losses: Sequence[float | None], every: int, target: float) -> float
   return None
 
 
-def by_seed(of: Mapping[str, Any], key: str) -> dict[int, float]:
-  """A figure of every reported run; infinite where a training diverged."""
-  value = lambda run: math.inf if run.get(key) is None else run[key]
-  return {run['seed']: value(run) for run in of['runs']}
+def by_seed(of: Mapping[str, Any], key: str, place: int | None = None) -> dict[int, float]:
+  """A figure of every reported run, or a place of a curve; infinite where a training diverged."""
+  found = {r['seed']: r.get(key) if place is None else r[key][place] for r in of['runs']}
+  return {seed: math.inf if value is None else value for seed, value in found.items()}
 
 
 def summary(task: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -167,12 +167,9 @@ def along_table(task: Mapping[str, Any], parts: int = 4) -> str:
   others = [name for name in COMPARED_WITH if name != 'spectral_newton' and name in entries]
   if 'spectral_newton' not in entries or not others:
     return ''
-  points = task['task']['steps'] // task['task']['every']
-  places = [points * (i + 1) // parts - 1 for i in range(parts)] if points >= parts else [-1]
-  at = lambda name, key, place: {
-    run['seed']: math.inf if run[key][place] is None else run[key][place]
-    for run in entries[name]['runs']
-  }
+  every, points = task['task']['every'], task['task']['steps'] // task['task']['every']
+  places = sorted({points * (i + 1) // parts - 1 for i in range(parts)} - {-1})
+  at = lambda name, key, place: by_seed(entries[name], key, place)
   rows = [
     [
       f'{words} - {COMPARED_WITH[other]}',
@@ -184,7 +181,7 @@ def along_table(task: Mapping[str, Any], parts: int = 4) -> str:
     for other in others
     for key, words in (('validation', 'validation loss'), ('train', 'training loss'))
   ]
-  steps = [f'after {task["task"]["every"] * (i % points + 1)} steps' for i in places]
+  steps = [f'after {every * (i + 1)} steps' for i in places]
   return table(['defaults', *steps], rows)
 
 

@@ -155,9 +155,8 @@ def load(
       raise ValueError(f'{packed} has no data for {name!r}: write it anew with --pack-data.')
     if name == 'bytes':
       return found
-    return found | _first(
-      {k: v for k, v in found.items() if k.startswith('train')}, images, str(packed)
-    )
+    cut = lambda k, v: _first(v, images, str(packed)) if k.startswith('train') else v
+    return {k: cut(k, v) for k, v in found.items()}
   if name == 'bytes':
     text = stdlib_bytes.load(CONTEXT).text
     # Blocks of about 31 kB: what is held out is in the middle of everything else.
@@ -175,8 +174,7 @@ def load(
     x, y, test_x, test_y = vision_data._fashion_mnist(source)
   order = np.random.default_rng(0).permutation(len(x))
   held = min(HELD_OUT, len(x) // 5)
-  train, validation = order[held:], order[:held]
-  train = _first({'train': train}, images, name)['train']
+  train, validation = _first(order[held:], images, name), order[:held]
   return {
     'train_x': x[train].astype(np.uint8),
     'train_y': y[train].astype(np.uint8),
@@ -187,12 +185,11 @@ def load(
   }
 
 
-def _first(arrays: Arrays, images: int | None, source: str) -> Arrays:
-  """As many of each as are asked for; at most `KEPT` where nothing is."""
-  count = len(next(iter(arrays.values())))
-  if images is not None and not 0 < images <= count:
-    raise ValueError(f'{source} has {count} images to train on, not {images}.')
-  return {k: v[: images or KEPT] for k, v in arrays.items()}
+def _first(array: np.ndarray, images: int | None, source: str) -> np.ndarray:
+  """As many as are asked for; at most `KEPT` where nothing is."""
+  if images is not None and not 0 < images <= len(array):
+    raise ValueError(f'{source} has {len(array)} images to train on, not {images}.')
+  return array[: images or KEPT]
 
 
 def pack(path: pathlib.Path, folder: str | None = None) -> int:

@@ -635,9 +635,9 @@ def test_what_the_readme_says(convergence, tmp_path):
   assert percent == ['72.50', '+22.50', '+22.50', '+22.50', '0.1500']
   assert '| 15 | 4.00 | 0.0600 | 15.0 |' in text
   # Of training losses only that of the last ten steps differs.
-  assert '| defaults | after 20 steps |' in text
-  assert '| validation loss - Muon | -0.9000 ± 1.2706 |' in text
-  assert '| training loss - AdamW | -1.4000 ± 0.0000 |' in text
+  assert '| defaults | after 10 steps | after 20 steps |' in text
+  assert '| validation loss - Muon | +0.0000 ± 0.0000 | -0.9000 ± 1.2706 |' in text
+  assert '| training loss - AdamW | +0.0000 ± 0.0000 | -1.4000 ± 0.0000 |' in text
   quarters = {
     'task': {'every': 10, 'steps': 40},
     'contestants': {
